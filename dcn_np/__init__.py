@@ -1,0 +1,37 @@
+"""Deformable convolution for every array.
+
+    deform_conv ─► geometry, arrays        what comes in is checked once
+                └► backends ─► cpu ─► _native ─► C++ for one instruction set
+
+Each module imports only what stands to its right or below; ARCHITECTURE.md says which file answers which question.
+"""
+
+from .backends import Gradients
+from .cpu import available_isas, isa, use_isa
+from .deform_conv import (
+    deform_conv,
+    deform_conv_backward,
+    get_float32_matmul,
+    modulated_deform_conv,
+    modulated_deform_conv_backward,
+    set_float32_matmul,
+)
+from .threads import get_num_threads, num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Gradients",
+    "available_isas",
+    "deform_conv",
+    "deform_conv_backward",
+    "get_float32_matmul",
+    "get_num_threads",
+    "isa",
+    "modulated_deform_conv",
+    "modulated_deform_conv_backward",
+    "num_threads",
+    "set_float32_matmul",
+    "set_num_threads",
+    "use_isa",
+]

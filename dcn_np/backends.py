@@ -1,0 +1,52 @@
+"""What a backend provides, and which backend computes on given arrays.
+
+A backend is a module. It is handed arrays and a `Geometry` that fit together (geometry.py has checked them) and
+computes; it never raises about arguments.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+if TYPE_CHECKING:
+    from .geometry import Geometry
+
+
+class Gradients(NamedTuple):
+    """The gradients of a deformable convolution, named after the inputs; None where not computed."""
+
+    x: Any = None
+    offset: Any = None
+    mask: Any = None
+    weight: Any = None
+    bias: Any = None
+
+
+class Backend(Protocol):
+    """The functions of a backend module; v1 is the call with mask=None, the rigid grid that with offset=None."""
+
+    def deform_conv(
+        self, geometry: Geometry, x: Any, offset: Any, mask: Any, weight: Any, bias: Any, out: Any, float32_matmul: str
+    ) -> Any:
+        """Return the convolution, in `out` if it is not None, else in a new array in x's memory order."""
+
+    def deform_conv_backward(
+        self,
+        geometry: Geometry,
+        grad_output: Any,
+        x: Any,
+        offset: Any,
+        mask: Any,
+        weight: Any,
+        needs: frozenset[str],
+        deterministic: bool,
+        float32_matmul: str,
+    ) -> Gradients:
+        """Return the gradients named in `needs`, each in its input's memory order."""
+
+
+def backend_of(*arrays: Any) -> Backend:
+    """Return the backend that computes on these arrays."""
+    from . import cpu
+
+    return cast(Backend, cpu)

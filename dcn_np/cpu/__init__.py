@@ -1,0 +1,159 @@
+"""The NumPy backend: memory order and allocation here, the arithmetic in `_native`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import numpy
+
+from ..backends import Gradients
+from ..geometry import Geometry
+from ..threads import get_num_threads
+from . import _native
+
+os.register_at_fork(after_in_child=_native.after_fork_in_child)
+
+_ISAS = [name for name, _ in _native.isas()]
+_DTYPES = {numpy.dtype(name): number for number, name in enumerate(_native.dtypes())}
+
+
+def available_isas() -> tuple[str, ...]:
+    """Return the names of the instruction sets that this build has and this processor supports, weakest first."""
+    return tuple(name for name, supported in reversed(_native.isas()) if supported)
+
+
+def _chosen_isa() -> int:
+    # An unknown or unsupported name is refused: running something else would hide what was measured.
+    name = os.environ.get("DCN_NP_ISA") or available_isas()[-1]
+    if name not in available_isas():
+        raise ImportError(f"DCN_NP_ISA is {name!r}; this build and processor have {', '.join(available_isas())}")
+    return _ISAS.index(name)
+
+
+_process_isa = _chosen_isa()
+_context_isa: ContextVar[int | None] = ContextVar("dcn_np_isa", default=None)
+
+
+def isa() -> str:
+    """Return the name of the instruction set that calls made here and now use."""
+    return _ISAS[_isa()]
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Use another instruction set inside a ``with`` block, in this thread or task only.
+
+    Parameters
+    ----------
+    name : str
+        One of `available_isas`.
+    """
+    if name not in available_isas():
+        raise ValueError(f"isa is {name!r}; wanted one of {', '.join(available_isas())}")
+    token = _context_isa.set(_ISAS.index(name))
+    try:
+        yield
+    finally:
+        _context_isa.reset(token)
+
+
+def deform_conv(
+    geometry: Geometry, x: Any, offset: Any, mask: Any, weight: Any, bias: Any, out: Any, float32_matmul: str
+) -> Any:
+    """Compute the forward pass; a CPU is always strict about float32."""
+    if out is None:
+        out = numpy.empty_like(x, shape=geometry.output_shape)
+    result = out if _is_flat(out) else numpy.empty(geometry.output_shape, out.dtype)
+    _native.deform_conv(
+        *_how(geometry),
+        _in_elements(x),
+        _flat(offset),
+        _flat(mask),
+        _contiguous(weight),
+        _contiguous(bias),
+        result,
+    )
+    return _copied(result, out)
+
+
+def deform_conv_backward(
+    geometry: Geometry,
+    grad_output: Any,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    needs: frozenset[str],
+    deterministic: bool,
+    float32_matmul: str,
+) -> Gradients:
+    """Compute the gradients in `needs`; a CPU is always deterministic and strict."""
+    asked = Gradients(
+        *(numpy.empty_like(array) if name in needs else None for name, array in zip(("x", "offset", "mask", "weight"), (x, offset, mask, weight), strict=True)),
+        numpy.empty(geometry.out_channels, geometry.dtype) if "bias" in needs else None,
+    )
+    computed = Gradients(
+        asked.x,
+        *(a if a is None or _is_flat(a) else numpy.empty(a.shape, a.dtype) for a in (asked.offset, asked.mask)),
+        asked.weight if asked.weight is None or asked.weight.flags.c_contiguous else numpy.empty(weight.shape, weight.dtype),
+        asked.bias,
+    )
+    _native.deform_conv_backward(
+        *_how(geometry),
+        _flat(grad_output),
+        _in_elements(x),
+        _flat(offset),
+        _flat(mask),
+        _contiguous(weight),
+        *computed,
+    )
+    return Gradients(*map(_copied, computed, asked))
+
+
+def _isa() -> int:
+    chosen = _context_isa.get()
+    return _process_isa if chosen is None else chosen
+
+
+def _how(geometry: Geometry) -> tuple[Any, ...]:
+    return _isa(), _DTYPES[geometry.dtype], get_num_threads(), geometry.struct
+
+
+def _copied(computed: Any, wanted: Any) -> Any:
+    if computed is not wanted:
+        numpy.copyto(wanted, computed)
+    return wanted
+
+
+def _in_elements(array: Any) -> Any:
+    """Return the array, or a copy where it is not aligned or its strides are no multiples of an element."""
+    flags = array.flags
+    if flags.c_contiguous and flags.aligned:
+        return array
+    whole = flags.aligned and not any(stride % array.itemsize for stride in array.strides)
+    return array if whole else array.copy()
+
+
+def _is_flat(array: Any) -> bool:
+    """Tell whether the spatial axes lie in memory as one axis of positions at a constant distance."""
+    flags = array.flags
+    if flags.c_contiguous:
+        return bool(flags.aligned)
+    if not flags.aligned or any(stride % array.itemsize for stride in array.strides):
+        return False
+    axes = [(n, stride) for n, stride in zip(array.shape[2:], array.strides[2:], strict=True) if n != 1]
+    return all(outer == n * stride for (_, outer), (n, stride) in zip(axes, axes[1:], strict=False))
+
+
+def _flat(array: Any) -> Any:
+    return array if array is None or _is_flat(array) else array.copy("C")
+
+
+def _contiguous(array: Any) -> Any:
+    if array is None or (array.flags.c_contiguous and array.flags.aligned):
+        return array
+    return array.copy("C")

@@ -1,0 +1,35 @@
+from typing import Any
+
+def deform_conv(
+    isa: int,
+    dtype: int,
+    threads: int,
+    geometry: Any,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    bias: Any,
+    output: Any,
+) -> None: ...
+def deform_conv_backward(
+    isa: int,
+    dtype: int,
+    threads: int,
+    geometry: Any,
+    grad_output: Any,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    grad_x: Any,
+    grad_offset: Any,
+    grad_mask: Any,
+    grad_weight: Any,
+    grad_bias: Any,
+) -> None: ...
+def isas() -> list[tuple[str, bool]]: ...
+def dtypes() -> list[str]: ...
+def geometry_size() -> int: ...
+def openmp_threads() -> int: ...
+def after_fork_in_child() -> None: ...

@@ -1,0 +1,218 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""Arrays to pointers: calls the C++ kernels with the GIL released. No policy and no checks of arguments here."""
+
+from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int64_t
+from libc.string cimport memset
+from libcpp cimport bool as cbool
+
+
+cdef extern from "Python.h" nogil:
+    int PyErr_CheckSignals() noexcept
+
+
+cdef extern from "geometry.hpp" namespace "dcn" nogil:
+    cdef struct Geometry:
+        int64_t ndim
+
+
+cdef extern from "arrays.hpp" namespace "dcn" nogil:
+    cdef struct Array:
+        char* data
+        int64_t batch
+        int64_t channel
+        int64_t axis[3]
+
+    cdef struct Planes:
+        char* data
+        int64_t batch
+        int64_t channel
+        int64_t position
+
+
+cdef extern from "parallel.hpp" namespace "dcn" nogil:
+    cdef enum class Status(int):
+        kOk
+        kOutOfMemory
+        kInterrupted
+
+    cdef struct Interrupt:
+        cbool (*pending)(void*) noexcept nogil
+        void* context
+
+    int hardware_threads() noexcept
+    void run_serially() noexcept
+
+
+cdef extern from "dispatch.hpp" namespace "dcn" nogil:
+    cdef enum DType:
+        pass
+
+    cdef struct ForwardArguments:
+        Geometry geometry
+        Array x
+        Planes offset
+        Planes mask
+        const void* weight
+        const void* bias
+        Planes output
+
+    cdef struct BackwardArguments:
+        Geometry geometry
+        Array x
+        Planes offset
+        Planes mask
+        Planes grad_output
+        const void* weight
+        Array grad_x
+        Planes grad_offset
+        Planes grad_mask
+        void* grad_weight
+        void* grad_bias
+
+    cdef struct Kernels:
+        const char* isa
+
+    int isa_count() noexcept
+    const Kernels* isa_kernels(int) noexcept
+    bint isa_supported(int) noexcept
+    int dtype_count() noexcept
+    const char* dtype_name(int) noexcept
+    Status forward(const Kernels&, DType, const ForwardArguments&, int, Interrupt) noexcept
+    Status backward(const Kernels&, DType, const BackwardArguments&, int, Interrupt) noexcept
+
+
+cdef cbool signal_pending(void* context) noexcept with gil:
+    return PyErr_CheckSignals() != 0
+
+
+cdef Interrupt interrupt() noexcept nogil:
+    cdef Interrupt value
+    value.pending = <cbool (*)(void*) noexcept nogil> signal_pending
+    value.context = NULL
+    return value
+
+
+cdef class Buffers:
+    """The buffers of one call: taken one by one, released together."""
+
+    cdef Py_buffer views[16]
+    cdef int count
+
+    def __dealloc__(self):
+        for i in range(self.count):
+            PyBuffer_Release(&self.views[i])
+
+    cdef Py_buffer* take(self, object array, bint writable=False) except NULL:
+        cdef Py_buffer* view = &self.views[self.count]
+        PyObject_GetBuffer(array, view, PyBUF_STRIDES | (PyBUF_WRITABLE if writable else 0))
+        self.count += 1
+        return view
+
+    cdef int array(self, object array, Array* to, bint writable=False) except -1:
+        memset(to, 0, sizeof(Array))
+        if array is None:
+            return 0
+        cdef Py_buffer* view = self.take(array, writable)
+        to.data = <char*> view.buf
+        to.batch = view.strides[0]
+        to.channel = view.strides[1]
+        for i in range(2, view.ndim):
+            to.axis[i - 2] = view.strides[i]
+        return 0
+
+    cdef int planes(self, object array, Planes* to, bint writable=False) except -1:
+        # The axes must lie as one: the distance of positions is that of the last axis longer than 1.
+        memset(to, 0, sizeof(Planes))
+        if array is None:
+            return 0
+        cdef Py_buffer* view = self.take(array, writable)
+        cdef int axis = view.ndim - 1
+        while axis > 2 and view.shape[axis] == 1:
+            axis -= 1
+        to.data = <char*> view.buf
+        to.batch = view.strides[0]
+        to.channel = view.strides[1]
+        to.position = view.strides[axis]
+        return 0
+
+    cdef void* data(self, object array, bint writable=False) except? NULL:
+        if array is None:
+            return NULL
+        return self.take(array, writable).buf
+
+    cdef Geometry geometry(self, object record) except *:
+        return (<Geometry*> self.take(record).buf)[0]
+
+
+cdef int finish(Status status) except -1:
+    if status == Status.kOutOfMemory:
+        raise MemoryError("no memory for the workspace of a deformable convolution")
+    # The exception of the signal handler is already set.
+    return -1 if status == Status.kInterrupted else 0
+
+
+def deform_conv(int isa, int dtype, int threads, geometry, x, offset, mask, weight, bias, output):
+    """Write the convolution to `output`; a flat position axis is required of offset, mask and output."""
+    cdef Buffers buffers = Buffers()
+    cdef ForwardArguments arguments
+    cdef Status status
+    arguments.geometry = buffers.geometry(geometry)
+    buffers.array(x, &arguments.x)
+    buffers.planes(offset, &arguments.offset)
+    buffers.planes(mask, &arguments.mask)
+    arguments.weight = buffers.data(weight)
+    arguments.bias = buffers.data(bias)
+    buffers.planes(output, &arguments.output, True)
+    with nogil:
+        status = forward(isa_kernels(isa)[0], <DType> dtype, arguments, threads, interrupt())
+    finish(status)
+
+
+def deform_conv_backward(
+    int isa, int dtype, int threads, geometry, grad_output, x, offset, mask, weight,
+    grad_x, grad_offset, grad_mask, grad_weight, grad_bias,
+):
+    """Write the gradients that are not None; all but x and grad_x need a flat position axis."""
+    cdef Buffers buffers = Buffers()
+    cdef BackwardArguments arguments
+    cdef Status status
+    arguments.geometry = buffers.geometry(geometry)
+    buffers.array(x, &arguments.x)
+    buffers.planes(offset, &arguments.offset)
+    buffers.planes(mask, &arguments.mask)
+    buffers.planes(grad_output, &arguments.grad_output)
+    arguments.weight = buffers.data(weight)
+    buffers.array(grad_x, &arguments.grad_x, True)
+    buffers.planes(grad_offset, &arguments.grad_offset, True)
+    buffers.planes(grad_mask, &arguments.grad_mask, True)
+    arguments.grad_weight = buffers.data(grad_weight, True)
+    arguments.grad_bias = buffers.data(grad_bias, True)
+    with nogil:
+        status = backward(isa_kernels(isa)[0], <DType> dtype, arguments, threads, interrupt())
+    finish(status)
+
+
+def isas():
+    """List (name, supported by this processor) of the instruction sets compiled in, best first."""
+    return [(isa_kernels(i).isa.decode(), bool(isa_supported(i))) for i in range(isa_count())]
+
+
+def dtypes():
+    """List the names of the dtypes compiled in, in the order of their numbers."""
+    return [dtype_name(i).decode() for i in range(dtype_count())]
+
+
+def geometry_size():
+    """Return sizeof(Geometry)."""
+    return sizeof(Geometry)
+
+
+def openmp_threads():
+    """Return how many threads OpenMP and the affinity mask allow the calling thread."""
+    return hardware_threads()
+
+
+def after_fork_in_child():
+    """Run serially from now on: the threads of the parent's pools do not exist in a forked child."""
+    run_serially()

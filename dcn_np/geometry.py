@@ -1,0 +1,449 @@
+"""The only argument checking: shapes, dtypes and numbers in, one `Geometry` out.
+
+Everything is computed in Python's unbounded integers and narrowed to 64 bits only once it is known to fit.
+TypeError is for kinds of argument and dtypes, ValueError for shapes and numbers; every message names the
+argument, what came, what was wanted, and the arithmetic between them (messages.py has the words).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy
+
+from . import messages
+from .messages import count, listed, number, shown
+
+RANKS = (1, 2, 3)
+DTYPES = (numpy.dtype(numpy.float32), numpy.dtype(numpy.float64))
+FLOAT32_MATMULS = ("strict", "tf32")
+
+# A coordinate is an integer of at most this size plus floor(offset), |floor(offset)| < 2^31: no sum the
+# kernels form of such numbers leaves 64 bits.
+LARGEST = 2**62
+LARGEST_BYTES = 2**63 - 1
+# Every number divides zero channels; unbounded, a loop over groups that hold nothing could run for years.
+LARGEST_EMPTY_GROUPS = 2**16
+
+_ARRAYS = ("x", "offset", "mask", "weight", "bias")
+
+_WHOLE = ("ndim", "batch", "in_channels", "out_channels", "groups", "offset_groups")
+_PER_AXIS = ("input", "kernel", "stride", "padding", "dilation", "output")
+GEOMETRY_DTYPE = numpy.dtype(
+    [(name, numpy.int64) for name in _WHOLE] + [(name, numpy.int64, (max(RANKS),)) for name in _PER_AXIS]
+)
+
+Shape = tuple[int, ...]
+Pads = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one deformable convolution, all checked: what every layer below trusts.
+
+    Attributes
+    ----------
+    ndim : int
+        Number of spatial axes, 1 to 3.
+    batch, in_channels, out_channels, groups, offset_groups : int
+        Counts; `groups` and `offset_groups` divide `in_channels`, `groups` divides `out_channels`.
+    input, kernel, stride, dilation, output : tuple of int
+        One number per spatial axis, in pixels or taps.
+    padding : tuple of (int, int)
+        Zeros before and after, per spatial axis.
+    dtype : numpy.dtype
+        The one dtype of all arrays.
+    """
+
+    ndim: int
+    batch: int
+    in_channels: int
+    out_channels: int
+    groups: int
+    offset_groups: int
+    input: Shape
+    kernel: Shape
+    stride: Shape
+    padding: Pads
+    dilation: Shape
+    output: Shape
+    dtype: numpy.dtype[Any]
+
+    @staticmethod
+    def of(
+        x: Any,
+        offset: Any,
+        mask: Any,
+        weight: Any,
+        bias: Any,
+        stride: Any,
+        padding: Any,
+        dilation: Any,
+        groups: Any,
+        offset_groups: Any,
+    ) -> Geometry:
+        """Check the arguments of a public function; of the arrays, read `.shape` and `.dtype` only."""
+        # One key per distinct call: to a dictionary 1, True and 1.0 are equal, hence exact ints only.
+        return _checked_geometry(
+            (
+                x.shape,
+                None if offset is None else offset.shape,
+                None if mask is None else mask.shape,
+                weight.shape,
+                None if bias is None else bias.shape,
+            ),
+            (
+                x.dtype,
+                None if offset is None else offset.dtype,
+                None if mask is None else mask.dtype,
+                weight.dtype,
+                None if bias is None else bias.dtype,
+            ),
+            stride if type(stride) is int else _integers("stride", stride, 1),
+            padding if type(padding) is int else _integers("padding", padding, 2),
+            dilation if type(dilation) is int else _integers("dilation", dilation, 1),
+            groups if type(groups) is int else _integers("groups", groups, 0),
+            offset_groups if type(offset_groups) is int else _integers("offset_groups", offset_groups, 0),
+        )
+
+    @cached_property
+    def taps(self) -> int:
+        """Number of taps of the kernel."""
+        return math.prod(self.kernel)
+
+    @cached_property
+    def output_shape(self) -> Shape:
+        """Shape of the result: (batch, out_channels, *output)."""
+        return (self.batch, self.out_channels, *self.output)
+
+    @cached_property
+    def struct(self) -> numpy.ndarray[Any, Any]:
+        """The same numbers as one read-only record of GEOMETRY_DTYPE, for the compiled code.
+
+        Unused trailing axes are 1, their padding 0; of the padding only the beginning is kept, since the end
+        acts through `output` alone.
+        """
+        begins = [begin for begin, _ in self.padding]
+        record = numpy.ones((), GEOMETRY_DTYPE)
+        for name in _WHOLE:
+            record[name] = getattr(self, name)
+        for name in _PER_AXIS:
+            record[name][: self.ndim] = getattr(self, name) if name != "padding" else begins
+        record["padding"][self.ndim :] = 0
+        record.setflags(write=False)
+        return record
+
+
+def check_grad_output(geometry: Geometry, grad_output: Any) -> None:
+    """Check that `grad_output` has the shape and dtype of the forward's result."""
+    _check_like_output(geometry, "grad_output", grad_output)
+
+
+def check_out(geometry: Geometry, out: Any, *inputs: Any) -> None:
+    """Check that the result can be written to `out`: shape, dtype, writeable, memory of its own.
+
+    Overlap is judged by the first and last byte of each array, since exact answers can take exponential time:
+    two interleaved views of one buffer are refused although they share no element.
+    """
+    _check_like_output(geometry, "out", out)
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; wanted an array that can be written to")
+    if _may_overlap_itself(out):
+        raise ValueError(
+            f"out has strides of {out.strides} bytes for shape {out.shape}, so that elements share memory; "
+            "wanted one place per element"
+        )
+    for name, array in zip(_ARRAYS, inputs, strict=True):
+        if array is not None and numpy.may_share_memory(out, array):
+            raise ValueError(f"out and {name} lie in overlapping memory; wanted out apart from every input")
+
+
+def checked_needs(needs: Any, names: Sequence[str]) -> frozenset[str]:
+    """Return the set of gradients asked for; `names` are those that the function called can compute."""
+    if isinstance(needs, str | bytes):
+        raise TypeError(f"needs is the string {needs!r}; wanted several names, such as needs=({needs!r},)")
+    try:
+        asked = frozenset(needs)
+    except TypeError:
+        raise TypeError(f"needs is {shown(needs)}; wanted a tuple of names out of {listed(names)}") from None
+    for name in asked.difference(names):
+        kind = ValueError if isinstance(name, str) else TypeError
+        raise kind(f"needs holds {shown(name)}; wanted names out of {listed(names)}")
+    return asked
+
+
+def checked_float32_matmul(value: Any) -> str:
+    """Return the name of a way to multiply float32 matrices."""
+    if not isinstance(value, str):
+        raise TypeError(f"float32_matmul is {shown(value)}; wanted one of {listed(FLOAT32_MATMULS)}")
+    if value not in FLOAT32_MATMULS:
+        raise ValueError(f"float32_matmul is {value!r}; wanted one of {listed(FLOAT32_MATMULS)}")
+    return value
+
+
+def checked_deterministic(value: Any) -> bool:
+    """Return `deterministic` as a bool."""
+    if not isinstance(value, bool | numpy.bool_):
+        raise TypeError(f"deterministic is {shown(value)}; wanted True or False")
+    return bool(value)
+
+
+# 1024 distinct calls: more layers than a network has, and about a megabyte. Errors are not cached.
+@lru_cache(maxsize=1024)
+def _checked_geometry(
+    shapes: tuple[Any, ...],
+    dtypes: tuple[Any, ...],
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    offset_groups: int,
+) -> Geometry:
+    dtype = _common_dtype(dtypes)
+    _check_axes(*shapes)
+    x, offset, mask, weight, bias = shapes
+    ndim = len(x) - 2
+    window = Geometry(
+        ndim=ndim,
+        batch=x[0],
+        in_channels=x[1],
+        out_channels=weight[0],
+        groups=_bounded("groups", groups, 1),
+        offset_groups=_bounded("offset_groups", offset_groups, 1),
+        input=x[2:],
+        kernel=weight[2:],
+        stride=_per_axis("stride", stride, ndim),
+        padding=_pads(padding, ndim),
+        dilation=_per_axis("dilation", dilation, ndim),
+        output=(),
+        dtype=dtype,
+    )
+    _check_weight(window, weight)
+    geometry = replace(window, output=_checked_output(window))
+    _check_bias(geometry, bias)
+    _check_per_tap(geometry, "offset", offset, ndim, f". {messages.layout(ndim)}")
+    _check_per_tap(geometry, "mask", mask, 1, ". A mask has one channel per offset group and tap")
+    _check_bytes(geometry, shapes)
+    return geometry
+
+
+# ---- numbers
+
+
+def _integers(name: str, value: Any, depth: int) -> Any:
+    """Return an int, or tuples of ints at most `depth` deep, all of exact type int."""
+    if depth and isinstance(value, (tuple, list)):
+        return tuple(
+            [
+                entry if type(entry) is int else _integers(f"{name}[{i}]", entry, depth - 1)
+                for i, entry in enumerate(value)
+            ]
+        )
+    if isinstance(value, numpy.ndarray) and 0 < value.ndim <= depth and value.dtype.kind in "iu":
+        return _integers(name, value.tolist(), depth)
+    return _integer(name, value)
+
+
+_WANTED = {
+    "stride": "an integer, or one per axis",
+    "dilation": "an integer, or one per axis",
+    "padding": "an integer, one per axis, or one (begin, end) pair per axis",
+}
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool | numpy.bool_):
+        raise TypeError(f"{name} is {value}, a bool; wanted an integer")
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        wanted = _WANTED.get(name, "an integer") + messages.array_hint(value)
+    raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
+
+
+def _bounded(name: str, value: int, least: int) -> int:
+    if value < least:
+        raise ValueError(f"{name} is {number(value)}; wanted at least {least}")
+    if value > LARGEST:
+        raise ValueError(f"{name} is {number(value)}; wanted at most 2^62, to keep coordinates in 64 bits")
+    return value
+
+
+def _per_axis(name: str, value: Any, ndim: int) -> Shape:
+    if isinstance(value, int):
+        return (_bounded(name, value, 1),) * ndim
+    _check_entries(name, value, ndim)
+    return tuple(_bounded(f"{name}[{axis}]", entry, 1) for axis, entry in enumerate(value))
+
+
+def _pads(value: Any, ndim: int) -> Pads:
+    if isinstance(value, int):
+        return ((_bounded("padding", value, 0),) * 2,) * ndim
+    _check_entries("padding", value, ndim)
+    return tuple(_pad(f"padding[{axis}]", entry) for axis, entry in enumerate(value))
+
+
+def _pad(name: str, value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return (_bounded(name, value, 0),) * 2
+    if len(value) != 2:
+        raise ValueError(f"{name} has {count(len(value), 'entry')}; wanted an integer or a (begin, end) pair")
+    return _bounded(f"{name}[0]", value[0], 0), _bounded(f"{name}[1]", value[1], 0)
+
+
+def _check_entries(name: str, value: Sequence[Any], ndim: int) -> None:
+    if len(value) != ndim:
+        pairs = str((("begin", "end"),) * ndim).replace("'", "")
+        raise ValueError(
+            f"{name} has {count(len(value), 'entry')}; x has {count(ndim, 'spatial axis')}: wanted an "
+            f"integer or {count(ndim, 'entry')}" + (f", such as {pairs}" if name == "padding" else "")
+        )
+
+
+# ---- kinds and axes
+
+
+def _common_dtype(dtypes: Sequence[Any]) -> numpy.dtype[Any]:
+    given = [(name, dtype) for name, dtype in zip(_ARRAYS, dtypes, strict=True) if dtype is not None]
+    for name, dtype in given:
+        if dtype not in DTYPES:
+            raise TypeError(f"{name} has dtype {dtype}; wanted {messages.dtype_wanted(dtype, DTYPES)}")
+    common = DTYPES[DTYPES.index(dtypes[0])]
+    for name, dtype in given:
+        _check_dtype(name, dtype, common)
+    return common
+
+
+def _check_dtype(name: str, dtype: Any, common: Any) -> None:
+    if dtype != common:
+        raise TypeError(f"{name} has dtype {dtype} but x has {common}; wanted one dtype for all arrays")
+
+
+def _check_axes(
+    x: Shape, offset: Shape | None, mask: Shape | None, weight: Shape, bias: Shape | None
+) -> None:
+    axes = len(x)
+    if axes - 2 not in RANKS:
+        raise ValueError(
+            f"x has {count(axes, 'axis')}, shape {x}; wanted 3, 4 or 5: batch, channels, 1 to 3 spatial axes"
+        )
+    if bias is not None and len(bias) != 1:
+        hint = messages.bias_hint(bias, axes)
+        raise ValueError(
+            f"bias has {count(len(bias), 'axis')}, shape {bias}; wanted 1: (out_channels,){hint}"
+        )
+    wanted = "(out_channels, in_channels / groups, *kernel)"
+    _check_as_many(x, "weight", weight, wanted + messages.weight_hint(weight, axes))
+    wanted = f"(batch, offset_groups * taps * {axes - 2}, *output). {messages.layout(axes - 2)}"
+    _check_as_many(x, "offset", offset, wanted)
+    _check_as_many(x, "mask", mask, "(batch, offset_groups * taps, *output)")
+
+
+def _check_as_many(x: Shape, name: str, shape: Shape | None, wanted: str) -> None:
+    if shape is not None and len(shape) != len(x):
+        raise ValueError(
+            f"{name} has {count(len(shape), 'axis')}, shape {shape}, but x has {len(x)}, shape {x}; wanted "
+            f"as many: {wanted}"
+        )
+
+
+# ---- shapes
+
+
+def _check_weight(geometry: Geometry, weight: Shape) -> None:
+    for axis, taps in enumerate(geometry.kernel):
+        if taps < 1:
+            raise ValueError(
+                f"weight has shape {weight}: {taps} taps on spatial axis {axis}; wanted at least 1"
+            )
+    channels, groups = geometry.in_channels, geometry.groups
+    _check_divides("groups", groups, "x", "channel", channels)
+    _check_divides("groups", groups, "weight", "output channel", geometry.out_channels)
+    _check_divides("offset_groups", geometry.offset_groups, "x", "channel", channels)
+    if weight[1] != channels // groups:
+        raise ValueError(
+            f"weight has {count(weight[1], 'channel')} on axis 1; x has {channels} and groups is {groups}: "
+            f"wanted {channels}/{groups} = {channels // groups}{messages.groups_hint(geometry, weight[1])}"
+        )
+
+
+def _check_divides(name: str, groups: int, array: str, thing: str, things: int) -> None:
+    if things % groups:
+        raise ValueError(
+            f"{name} is {groups}; {array} has {count(things, thing)}, and {things}/{groups} leaves a rest of "
+            f"{things % groups}: wanted a divisor of {things}"
+        )
+    if groups > max(things, LARGEST_EMPTY_GROUPS):
+        raise ValueError(f"{name} is {groups}; {array} has {count(things, thing)}: wanted at most 2^16")
+
+
+def _checked_output(geometry: Geometry) -> Shape:
+    for axis, (extent, (begin, end)) in enumerate(zip(geometry.input, geometry.padding, strict=True)):
+        if extent + begin + end > LARGEST:
+            raise ValueError(
+                f"padding is ({begin}, {end}) on spatial axis {axis}: x with its padding is "
+                f"{extent}+{begin}+{end} = {extent + begin + end}; wanted at most 2^62, to keep coordinates "
+                "in 64 bits"
+            )
+    output = messages.output_extents(geometry)
+    for axis, extent in enumerate(output):
+        if extent < 1:
+            raise ValueError(messages.no_output(geometry, axis))
+    return output
+
+
+def _check_bias(geometry: Geometry, bias: Shape | None) -> None:
+    outputs = geometry.out_channels
+    if bias is not None and bias != (outputs,):
+        raise ValueError(
+            f"bias has {count(bias[0], 'entry')}; weight has {count(outputs, 'output channel')}: wanted "
+            f"shape ({outputs},)"
+        )
+
+
+def _check_per_tap(geometry: Geometry, name: str, shape: Shape | None, per_tap: int, layout: str) -> None:
+    """Check `offset`, ndim numbers per tap, or `mask`, one."""
+    if shape is None:
+        return
+    if shape[0] != geometry.batch:
+        raise ValueError(f"{name} has a batch of {shape[0]}; x has {geometry.batch}: wanted the same{layout}")
+    if shape[1] != per_tap * geometry.taps * geometry.offset_groups:
+        raise ValueError(messages.wrong_channels(geometry, name, shape[1], per_tap) + layout)
+    if shape[2:] != geometry.output:
+        raise ValueError(messages.wrong_extents(geometry, name, shape[2:]) + layout)
+
+
+def _check_bytes(geometry: Geometry, shapes: Sequence[Shape | None]) -> None:
+    """Refuse what no 64-bit address reaches; like NumPy, count an extent of 0 as 1."""
+    for name, shape in zip(("the output", *_ARRAYS), (geometry.output_shape, *shapes), strict=True):
+        elements = math.prod(max(extent, 1) for extent in shape or ())
+        if elements * geometry.dtype.itemsize > LARGEST_BYTES:
+            raise ValueError(
+                f"{name} has shape {shape}: {elements}*{geometry.dtype.itemsize} = "
+                f"{elements * geometry.dtype.itemsize} bytes; wanted at most 2^63-1"
+            )
+
+
+def _check_like_output(geometry: Geometry, name: str, array: Any) -> None:
+    _check_dtype(name, array.dtype, geometry.dtype)
+    if array.shape != geometry.output_shape:
+        raise ValueError(
+            f"{name} has shape {array.shape}; wanted (batch, out_channels, *output) = "
+            f"{geometry.output_shape}: {messages.output_arithmetic(geometry)}"
+        )
+
+
+def _may_overlap_itself(array: numpy.ndarray[Any, Any]) -> bool:
+    """Tell whether, strides in ascending order, one leaves less room than what it steps over takes."""
+    span = array.itemsize
+    for stride, extent in sorted(zip(map(abs, array.strides), array.shape, strict=True)):
+        if extent > 1:
+            if stride < span:
+                return array.size > 0
+            span += stride * (extent - 1)
+    return False

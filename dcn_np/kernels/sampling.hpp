@@ -1,0 +1,129 @@
+// Where a tap samples: coordinate -> cell, fraction, corner weights. One text for the CPU (vectors of positions) and the GPU.
+//
+// `Lanes` says what a number is: Lanes::Real, ::Int32, ::Int64 and the masks their comparisons give (::RealMask,
+// ::Mask), vectors on a CPU and scalars on a GPU, with Lanes::select(), convert(), widen() and narrow() beside them.
+//
+// The rule (docs/semantics.md): linear interpolation with zeros outside; support is the open box (-1, extent).
+// The integer part of a coordinate is an int64 and the fraction comes from the offset alone, so the error of a
+// sample does not grow with the size of the image. The cell is [floor, floor + 1): derivatives are from the right.
+#pragma once
+
+#include "platform.hpp"
+
+namespace DCN_NAMESPACE {
+
+template <class Lanes>
+struct AxisSample {
+  typename Lanes::Int64 cell;       // the lower neighbour, 0 where the coordinate is outside
+  typename Lanes::Real weight[2];   // of the lower and the upper neighbour, 0 where that lies outside the image
+  typename Lanes::Mask inside[2];   // whether each neighbour lies in the image, for a coordinate inside the support
+  typename Lanes::RealMask is_nan;
+};
+
+// base: the tap's position on the rigid grid. No value of `offset` can make `cell` leave [-1, extent).
+template <class Lanes>
+DCN_INLINE AxisSample<Lanes> locate_axis(typename Lanes::Real offset, typename Lanes::Int64 base, int64_t extent) {
+  using Real = typename Lanes::Real;
+  using Int64 = typename Lanes::Int64;
+  const Real zero = {};
+  const Real limit = Lanes::real(2147483648.0);
+
+  // Refused in floating point, before any conversion: NaN, infinities and what no int32 holds.
+  auto in_range = (offset > -limit) & (offset < limit);
+  const Real safe = Lanes::select(in_range, offset, zero);
+  const Real truncated = Lanes::real_of(Lanes::int32_of(safe));
+  Real floor = Lanes::select(truncated > safe, truncated - Lanes::real(1), truncated);
+  in_range = in_range & (floor > -limit);
+  Real fraction = safe - floor;
+  const auto carry = fraction >= Lanes::real(1);  // a tiny negative offset: the fraction rounded up to the next cell
+  fraction = Lanes::select(carry, zero, fraction);
+  floor = Lanes::select(carry, floor + Lanes::real(1), floor);
+
+  AxisSample<Lanes> sample;
+  const Int64 cell = base + Lanes::int64_of(Lanes::int32_of(floor));
+  const auto inside = (cell >= Lanes::int64(-1)) & (cell < Lanes::int64(extent)) & Lanes::widen(in_range);
+  sample.cell = Lanes::select(inside, cell, Int64{});
+  sample.inside[0] = inside & (cell >= Lanes::int64(0));
+  sample.inside[1] = inside & (cell < Lanes::int64(extent - 1));
+  sample.weight[0] = Lanes::select(Lanes::narrow(sample.inside[0]), Lanes::real(1) - fraction, zero);
+  sample.weight[1] = Lanes::select(Lanes::narrow(sample.inside[1]), fraction, zero);
+  sample.is_nan = offset != offset;
+  return sample;
+}
+
+// Corner j of the cell takes the upper neighbour on the axes whose bit is set; the last axis is bit 0.
+template <int NDim>
+DCN_INLINE constexpr int corner_bit(int corner, int axis) {
+  return (corner >> (NDim - 1 - axis)) & 1;
+}
+
+// The product of the axis weights of a corner; with `skip` >= 0 that axis is left out (what the derivative along it needs).
+template <class Lanes, int NDim>
+DCN_INLINE typename Lanes::Real corner_weight(const AxisSample<Lanes> (&axes)[NDim], int corner, int skip = -1) {
+  typename Lanes::Real weight = Lanes::real(1);
+  for (int axis = 0; axis < NDim; ++axis)
+    if (axis != skip) weight = weight * axes[axis].weight[corner_bit<NDim>(corner, axis)];
+  return weight;
+}
+
+template <class Lanes, int NDim>
+DCN_INLINE typename Lanes::Mask corner_inside(const AxisSample<Lanes> (&axes)[NDim], int corner) {
+  auto inside = axes[0].inside[corner_bit<NDim>(corner, 0)];
+  for (int axis = 1; axis < NDim; ++axis) inside = inside & axes[axis].inside[corner_bit<NDim>(corner, axis)];
+  return inside;
+}
+
+template <class Lanes, int NDim>
+DCN_INLINE typename Lanes::RealMask any_nan(const AxisSample<Lanes> (&axes)[NDim]) {
+  auto nan = axes[0].is_nan;
+  for (int axis = 1; axis < NDim; ++axis) nan = nan | axes[axis].is_nan;
+  return nan;
+}
+
+template <class Lanes, int NDim>
+struct PositionGradients {
+  typename Lanes::Real offset[NDim];
+  typename Lanes::Real mask;
+};
+
+// grad_offset and grad_mask of a tap from dots[corner] = <grad_columns, pixel of the corner>.
+//
+// A term whose factor is exactly 0 is left out, not multiplied: 0 * Inf would be NaN. Along an axis the corners whose
+// weight on the other axes is not 0 take part, so at integer positions the derivative is the one from the right.
+template <class Lanes, int NDim>
+DCN_INLINE PositionGradients<Lanes, NDim> position_gradients(const AxisSample<Lanes> (&axes)[NDim],
+                                                             typename Lanes::Real mask,
+                                                             const typename Lanes::Real (&dots)[1 << NDim]) {
+  using Real = typename Lanes::Real;
+  const Real zero = {};
+  const auto nan = any_nan<Lanes, NDim>(axes);
+  auto supported = axes[0].inside[0] | axes[0].inside[1];
+  for (int axis = 1; axis < NDim; ++axis) supported = supported & (axes[axis].inside[0] | axes[axis].inside[1]);
+  const auto outside = ~Lanes::narrow(supported);
+
+  // sum over corners of weight x dot, where the weight is not 0 and the corner is in the image
+  const auto weighted = [&](int corner, Real weight) {
+    const auto counts = (weight != zero) & Lanes::narrow(corner_inside<Lanes, NDim>(axes, corner));
+    return Lanes::select(counts, weight * dots[corner], zero);
+  };
+  const auto finish = [&](Real value) {
+    return Lanes::select(nan, Lanes::real(__builtin_nan("")), Lanes::select(outside, zero, value));
+  };
+
+  PositionGradients<Lanes, NDim> gradients;
+  Real value = zero;
+  for (int corner = 0; corner < 1 << NDim; ++corner)
+    value = value + weighted(corner, corner_weight<Lanes, NDim>(axes, corner));
+  gradients.mask = finish(value);
+  for (int axis = 0; axis < NDim; ++axis) {
+    Real slope = zero;
+    for (int corner = 0; corner < 1 << NDim; ++corner) {
+      const Real term = weighted(corner, corner_weight<Lanes, NDim>(axes, corner, axis));
+      slope = corner_bit<NDim>(corner, axis) ? slope + term : slope - term;
+    }
+    gradients.offset[axis] = finish(mask * slope);
+  }
+  return gradients;
+}
+
+}  // namespace DCN_NAMESPACE

@@ -1,0 +1,157 @@
+"""How many threads a call may use: ours if set, and never more than OpenMP, the affinity mask and the cgroup allow."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from pathlib import Path
+
+_process: int | None = None
+_context: ContextVar[int | None] = ContextVar("dcn_np_num_threads", default=None)
+_exact: ContextVar[int | None] = ContextVar("dcn_np_exact_threads", default=None)
+
+
+def set_num_threads(n: int | None) -> None:
+    """Limit the threads of every call in this process.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1; None takes the limit away. Results do not depend on it, bit for bit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `n` is not an integer, or less than 1.
+
+    See Also
+    --------
+    num_threads : the same for a block of code.
+    """
+    global _process
+    _process = None if n is None else _checked(n)
+
+
+def get_num_threads() -> int:
+    """Return the number of threads a call made here and now may use.
+
+    Returns
+    -------
+    int
+        The least of: `num_threads` or `set_num_threads` or ``DCN_NP_NUM_THREADS`` (the first that is set), what
+        OpenMP would start (``OMP_NUM_THREADS``, threadpoolctl), the affinity mask, the CPU quota of the cgroup.
+    """
+    exact = _exact.get()
+    if exact is not None:
+        return exact
+    return max(1, min(_wanted() or available(), available()))
+
+
+@contextmanager
+def num_threads(n: int | None) -> Iterator[None]:
+    """Limit the threads of the calls inside a ``with`` block, in this thread or task only.
+
+    Parameters
+    ----------
+    n : int or None
+        At least 1; None lifts an outer `num_threads`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `n` is not an integer, or less than 1.
+
+    See Also
+    --------
+    set_num_threads : the same for the process.
+    """
+    token = _context.set(None if n is None else _checked(n))
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+@contextmanager
+def exactly(n: int) -> Iterator[None]:
+    """Ask for n threads whatever the machine has: for tests of what must not depend on their number."""
+    token = _exact.set(_checked(n))
+    try:
+        yield
+    finally:
+        _exact.reset(token)
+
+
+def available() -> int:
+    """Return how many threads the surroundings allow: OpenMP, affinity mask, cgroup quota."""
+    from .cpu import _native
+
+    return min(_native.openmp_threads(), cgroup_cpus() or 2**31)
+
+
+def environment_limit() -> int | None:
+    """Return DCN_NP_NUM_THREADS; a value that is not a positive integer is refused, not ignored."""
+    return _parsed(os.environ.get("DCN_NP_NUM_THREADS"))
+
+
+@lru_cache(maxsize=1)
+def cgroup_cpus() -> int | None:
+    """Return the CPU quota of this process's cgroup (v2 or v1) in whole CPUs, at least 1; None without one."""
+    for read in (_quota_v2, _quota_v1):
+        try:
+            quota = read()
+        except (OSError, ValueError, IndexError):
+            continue
+        if quota is not None:
+            return max(1, int(quota))
+    return None
+
+
+def _wanted() -> int | None:
+    for limit in (_context.get(), _process):
+        if limit is not None:
+            return limit
+    return environment_limit()
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str | None) -> int | None:
+    if not text:
+        return None
+    try:
+        return _checked(int(text))
+    except ValueError:
+        raise ValueError(f"DCN_NP_NUM_THREADS is {text!r}; wanted an integer of at least 1") from None
+
+
+def _checked(n: int) -> int:
+    if isinstance(n, bool):
+        raise TypeError(f"the number of threads is {n}; wanted an integer")
+    try:
+        n = operator.index(n)
+    except TypeError:
+        raise TypeError(f"the number of threads is {n!r}; wanted an integer") from None
+    if n < 1:
+        raise ValueError(f"the number of threads is {n}; wanted at least 1")
+    return min(n, 2**16)
+
+
+def _quota_v2() -> float | None:
+    path = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].split(":")[2]
+    # Inside a container the path is that of the host and the quota lies at the root.
+    for folder in (Path("/sys/fs/cgroup" + path), Path("/sys/fs/cgroup")):
+        file = folder / "cpu.max"
+        if file.exists():
+            quota, period = file.read_text().split()
+            return None if quota == "max" else int(quota) / int(period)
+    return None
+
+
+def _quota_v1() -> float | None:
+    folder = Path("/sys/fs/cgroup/cpu")
+    quota = int((folder / "cpu.cfs_quota_us").read_text())
+    return None if quota <= 0 else quota / int((folder / "cpu.cfs_period_us").read_text())

@@ -1,0 +1,274 @@
+// Locate and gather: where every tap of a tile of positions samples, and the samples themselves, channels-last.
+//
+// Locating is vectorised along positions, gathering along channels. Between them stands Samples: for each position the
+// address and the weight of every corner. A corner that must not be read has the address of a row of zeros, so that
+// the loops over channels have no branches.
+#pragma once
+
+#include "arrays.hpp"
+#include "sampling.hpp"
+#include "vector.hpp"
+
+namespace dcn::DCN_ISA {
+
+constexpr int kTilePositions = 96;  // the most positions in one tile
+constexpr int kGatherPositions = 64;  // the same for the columns of grad_weight: divides a piece of the sum
+constexpr int kLocateLanes = kVectorBytes >= 64 ? 8 : 4;
+
+template <int NDim>
+constexpr int kCorners = 1 << NDim;
+
+// A run of positions of one image, in the flat order of the output.
+template <int NDim>
+struct Tile {
+  int64_t first, count;
+  int64_t origin[NDim][kTilePositions];  // position * stride - padding, in pixels
+
+  Tile(const Geometry& geometry, int64_t first, int64_t count) : first(first), count(count) {
+    int64_t at[NDim];
+    for (int64_t axis = NDim - 1, rest = first; axis >= 0; --axis) {
+      at[axis] = rest % geometry.output[axis];
+      rest /= geometry.output[axis];
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      for (int axis = 0; axis < NDim; ++axis)
+        origin[axis][p] = at[axis] * geometry.stride[axis] - geometry.padding[axis];
+      for (int axis = NDim - 1; axis >= 0 && ++at[axis] == geometry.output[axis] && axis > 0; --axis) at[axis] = 0;
+    }
+    for (int64_t p = count; p < kTilePositions && p % kLocateLanes; ++p)
+      for (int axis = 0; axis < NDim; ++axis) origin[axis][p] = 0;
+  }
+};
+
+template <int NDim>
+struct Tap {
+  int64_t index;
+  int64_t reach[NDim];  // index * dilation along each axis
+
+  Tap(const Geometry& geometry, int64_t index) : index(index) {
+    for (int axis = NDim - 1; axis >= 0; --axis) {
+      reach[axis] = index % geometry.kernel[axis] * geometry.dilation[axis];
+      index /= geometry.kernel[axis];
+    }
+  }
+};
+
+// The offsets and masks of one image and one offset group.
+template <class T, int NDim>
+struct Displacement {
+  Planes offset, mask;
+  int64_t taps;
+
+  Displacement(Planes offset, Planes mask, int64_t taps, int64_t image, int64_t group)
+      : offset(offset), mask(mask), taps(taps) {
+    if (offset.data) this->offset.data += image * offset.batch + group * taps * NDim * offset.channel;
+    if (mask.data) this->mask.data += image * mask.batch + group * taps * mask.channel;
+  }
+  using Reals = Vec<T, kLocateLanes>;
+
+  Reals offsets(int64_t tap, int axis, int64_t position, int64_t count) const {
+    return read(offset, tap * NDim + axis, position, count, Reals{});
+  }
+  Reals masks(int64_t tap, int64_t position, int64_t count) const {
+    return read(mask, tap, position, count, broadcast<Reals>(T(1)));
+  }
+  void write_offsets(int64_t tap, int axis, int64_t position, int64_t count, Reals values) const {
+    write(offset, tap * NDim + axis, position, count, values);
+  }
+  void write_masks(int64_t tap, int64_t position, int64_t count, Reals values) const {
+    write(mask, tap, position, count, values);
+  }
+
+ private:
+  static Reals read(const Planes& planes, int64_t channel, int64_t position, int64_t count, Reals missing) {
+    if (!planes.data) return missing;
+    const char* from = planes.data + channel * planes.channel + position * planes.position;
+    if (planes.position == sizeof(T) && count >= kLocateLanes) return load<Reals>(reinterpret_cast<const T*>(from));
+    T values[kLocateLanes] = {};
+    for (int64_t i = 0; i < count && i < kLocateLanes; ++i)
+      values[i] = *reinterpret_cast<const T*>(from + i * planes.position);
+    return load<Reals>(values);
+  }
+  static void write(const Planes& planes, int64_t channel, int64_t position, int64_t count, Reals values) {
+    if (!planes.data) return;
+    char* to = planes.data + channel * planes.channel + position * planes.position;
+    if (planes.position == sizeof(T) && count >= kLocateLanes) return store(reinterpret_cast<T*>(to), values);
+    for (int64_t i = 0; i < count && i < kLocateLanes; ++i) *reinterpret_cast<T*>(to + i * planes.position) = values[i];
+  }
+};
+
+// Pixels of some channels of one image: where a pixel's first channel lies; its channels follow without a gap.
+template <int NDim>
+struct Pixels {
+  char* data;
+  int64_t axis[NDim];
+};
+
+// What gather() reads and scatter() writes, corner by corner. Addresses are integers, for the sake of vectors.
+template <class T, int NDim>
+struct Samples {
+  int64_t address[kCorners<NDim>][kTilePositions];
+  T weight[kCorners<NDim>][kTilePositions];
+};
+
+// The axes of kLocateLanes positions of a tile, from `p` on.
+template <class T, int NDim>
+DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
+                       const Displacement<T, NDim>& moved, int64_t p,
+                       AxisSample<LanesOf<T, kLocateLanes>> (&axes)[NDim]) {
+  using L = LanesOf<T, kLocateLanes>;
+  for (int axis = 0; axis < NDim; ++axis) {
+    const auto base = load<typename L::Int64>(&tile.origin[axis][p]) + L::int64(tap.reach[axis]);
+    const auto offset = moved.offsets(tap.index, axis, tile.first + p, tile.count - p);
+    axes[axis] = locate_axis<L>(offset, base, geometry.input[axis]);
+  }
+}
+
+// Addresses of a corner's pixels; where `readable` is false that of `nothing`.
+template <class L, int NDim>
+DCN_INLINE typename L::Int64 corner_address(const AxisSample<L> (&axes)[NDim], int corner, const Pixels<NDim>& pixels,
+                                            typename L::Mask readable, const void* nothing) {
+  auto address = L::int64(reinterpret_cast<int64_t>(pixels.data));
+  for (int axis = 0; axis < NDim; ++axis)
+    address += (axes[axis].cell + L::int64(corner_bit<NDim>(corner, axis))) * L::int64(pixels.axis[axis]);
+  return L::select(readable, address, L::int64(reinterpret_cast<int64_t>(nothing)));
+}
+
+// Corner weights with the mask folded in. A corner whose interpolation weight is exactly 0 keeps exactly 0 whatever
+// the mask; a NaN coordinate makes all corners NaN. `used` tells the corners that take part.
+template <class L, int NDim>
+DCN_INLINE typename L::Real masked_weight(const AxisSample<L> (&axes)[NDim], int corner, typename L::Real mask,
+                                          typename L::RealMask nan, typename L::Mask& used) {
+  const typename L::Real weight = corner_weight<L, NDim>(axes, corner), zero = {};
+  const auto is_used = (weight != zero) & ~nan;
+  used = L::widen(is_used);
+  const typename L::Real folded = L::select(is_used, weight * mask, zero);
+  return L::select(nan, L::real(__builtin_nan("")), folded);
+}
+
+// Corners to be read with their weights, for every position of the tile: all that a sample's value needs.
+template <class T, int NDim>
+void locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
+                   const Displacement<T, NDim>& moved, const Pixels<NDim>& pixels, const void* zeros,
+                   Samples<T, NDim>& samples) {
+  using L = LanesOf<T, kLocateLanes>;
+  for (int64_t p = 0; p < tile.count; p += kLocateLanes) {
+    AxisSample<L> axes[NDim];
+    locate(geometry, tile, tap, moved, p, axes);
+    const auto nan = any_nan<L, NDim>(axes);
+    const auto mask = moved.masks(tap.index, tile.first + p, tile.count - p);
+#pragma GCC unroll 8
+    for (int corner = 0; corner < kCorners<NDim>; ++corner) {
+      typename L::Mask used;
+      store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, nan, used));
+      store(&samples.address[corner][p], corner_address<L, NDim>(axes, corner, pixels, used, zeros));
+    }
+  }
+}
+
+// Calls body(Lanes, position, channel, sample) for every vector of channels of every position of the tile.
+template <class T, int NDim, class Body>
+DCN_INLINE void gather(const Samples<T, NDim>& samples, int64_t positions, int64_t channels, const Body& body) {
+  constexpr int n = kCorners<NDim>;
+  for (int64_t p = 0; p < positions; ++p) {
+    const T* corner[n];
+    T weight[n];
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) {
+      corner[j] = reinterpret_cast<const T*>(samples.address[j][p]);
+      weight[j] = samples.weight[j][p];
+    }
+    for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
+      using V = Vec<T, decltype(lanes)::count>;
+      V sample = load<V>(corner[0] + c) * broadcast<V>(weight[0]);
+#pragma GCC unroll 8
+      for (int j = 1; j < n; ++j) sample += load<V>(corner[j] + c) * broadcast<V>(weight[j]);
+      body(lanes, p, c, sample);
+    });
+  }
+}
+
+// columns[position][channel] of one tap.
+template <class T, int NDim>
+void gather_columns(const Samples<T, NDim>& samples, int64_t positions, int64_t channels, T* columns,
+                    int64_t columns_stride) {
+  gather<T, NDim>(samples, positions, channels, [&](auto, int64_t p, int64_t c, auto sample) {
+    store(columns + p * columns_stride + c, sample);
+  });
+}
+
+// What the backward pass needs of a corner: the pixel to read for its dot product, which is the real pixel of every
+// corner inside the image also where its weight is 0 (the derivative sees it), and the pixel of grad_x that receives
+// weight x grad_columns, which a corner of weight 0 never does: its address is then that of a row nobody reads.
+template <class T, int NDim>
+struct BackwardSamples {
+  int64_t read[kCorners<NDim>][kTilePositions];
+  int64_t scatter[kCorners<NDim>][kTilePositions];
+  T weight[kCorners<NDim>][kTilePositions];
+};
+
+template <class T, int NDim>
+void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
+                    const Displacement<T, NDim>& moved, const Pixels<NDim>& x, const void* zeros,
+                    const Pixels<NDim>& grad_x, const void* nowhere, BackwardSamples<T, NDim>& samples) {
+  using L = LanesOf<T, kLocateLanes>;
+  for (int64_t p = 0; p < tile.count; p += kLocateLanes) {
+    AxisSample<L> axes[NDim];
+    locate(geometry, tile, tap, moved, p, axes);
+    const auto nan = any_nan<L, NDim>(axes);
+    const auto mask = moved.masks(tap.index, tile.first + p, tile.count - p);
+#pragma GCC unroll 8
+    for (int corner = 0; corner < kCorners<NDim>; ++corner) {
+      typename L::Mask used;
+      const auto weight = masked_weight<L, NDim>(axes, corner, mask, nan, used);
+      const auto readable = corner_inside<L, NDim>(axes, corner) & ~L::widen(nan);
+      store(&samples.weight[corner][p], weight);
+      store(&samples.read[corner][p], corner_address<L, NDim>(axes, corner, x, readable, zeros));
+      store(&samples.scatter[corner][p], corner_address<L, NDim>(axes, corner, grad_x, used, nowhere));
+    }
+  }
+}
+
+// For every position: dots[corner] = <grad_columns, corner of x> and grad_x[corner] += weight * grad_columns, in one
+// pass over the channels. gradient(Lanes, position, channel) is a vector of grad_columns.
+template <class T, int NDim, bool kDots, bool kScatter, class Gradient>
+DCN_INLINE void scatter_and_dot(const BackwardSamples<T, NDim>& samples, int64_t positions, int64_t channels,
+                                const Gradient& gradient, T* dots) {
+  constexpr int n = kCorners<NDim>, whole = kLanes<T>;
+  for (int64_t p = 0; p < positions; ++p) {
+    const T* read[n];
+    T* scatter[n];
+    T weight[n];
+#pragma GCC unroll 8
+    for (int j = 0; j < n; ++j) {
+      read[j] = reinterpret_cast<const T*>(samples.read[j][p]);
+      scatter[j] = reinterpret_cast<T*>(samples.scatter[j][p]);
+      weight[j] = samples.weight[j][p];
+    }
+    const auto step = [&](auto lanes, int64_t c, auto (&products)[n]) {
+      using V = Vec<T, decltype(lanes)::count>;
+      const V g = gradient(lanes, p, c);
+#pragma GCC unroll 8
+      for (int j = 0; j < n; ++j) {
+        if constexpr (kDots) products[j] += load<V>(read[j] + c) * g;
+        if constexpr (kScatter) store(scatter[j] + c, load<V>(scatter[j] + c) + g * broadcast<V>(weight[j]));
+      }
+    };
+    Vec<T, n> total = {};
+    int64_t done = 0;
+    if (channels >= whole) {
+      Vec<T, whole> products[n] = {};
+      for (; done + whole <= channels; done += whole) step(Lanes<whole>{}, done, products);
+      if constexpr (kDots) total = sums<T, whole, n>(products);
+    }
+    for_each_vector<T, (whole > 1 ? whole / 2 : 1)>(channels - done, [&](auto lanes, int64_t c) {
+      constexpr int some = decltype(lanes)::count;
+      Vec<T, some> products[n] = {};
+      step(lanes, done + c, products);
+      if constexpr (kDots) total += sums<T, some, n>(products);
+    });
+    if constexpr (kDots) store(dots + p * n, total);
+  }
+}
+
+}  // namespace dcn::DCN_ISA

@@ -1,0 +1,3 @@
+#pragma once
+#include "forward.hpp"
+#include "backward.hpp"

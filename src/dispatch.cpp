@@ -1,0 +1,73 @@
+#include "dispatch.hpp"
+
+namespace dcn {
+
+// The one list of instruction sets in C++, best first: name, what the processor must have. setup.py has their flags.
+#if defined(__x86_64__)
+#define DCN_FOR_EACH_ISA(X)                                                                                      \
+  X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                           \
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&                      \
+                __builtin_cpu_supports("fma"))                                                                   \
+  X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))     \
+  X(baseline, true)
+#else
+#define DCN_FOR_EACH_ISA(X) X(baseline, true)
+#endif
+
+#define DCN_DECLARE(name, condition) \
+  namespace name {                   \
+  extern const Kernels kKernels;     \
+  }
+DCN_FOR_EACH_ISA(DCN_DECLARE)
+#undef DCN_DECLARE
+
+namespace {
+
+struct Isa {
+  const Kernels* kernels;
+  bool (*supported)();
+};
+
+#define DCN_ENTRY(name, condition) {&name::kKernels, [] { return static_cast<bool>(condition); }},
+const Isa kIsas[] = {DCN_FOR_EACH_ISA(DCN_ENTRY)};
+#undef DCN_ENTRY
+
+// Starting a team costs as much as some two million operations.
+constexpr double kWorthSharing = 2e6;
+
+int worthwhile_threads(const Geometry& geometry, int threads) {
+  double operations = 2.0 * static_cast<double>(geometry.batch * geometry.out_channels) *
+                      static_cast<double>(geometry.in_channels / (geometry.groups > 0 ? geometry.groups : 1) + 8);
+  for (int axis = 0; axis < geometry.ndim; ++axis)
+    operations *= static_cast<double>(geometry.output[axis]) * static_cast<double>(geometry.kernel[axis]);
+  return operations < kWorthSharing ? 1 : threads;
+}
+
+}  // namespace
+
+int isa_count() { return sizeof(kIsas) / sizeof(kIsas[0]); }
+const Kernels* isa_kernels(int index) { return kIsas[index].kernels; }
+bool isa_supported(int index) { return kIsas[index].supported(); }
+
+int dtype_count() { return kDTypes; }
+
+const char* dtype_name(int dtype) {
+#define DCN_DTYPE_NAME(name, type) #name,
+  static const char* const names[] = {DCN_FOR_EACH_DTYPE(DCN_DTYPE_NAME)};
+#undef DCN_DTYPE_NAME
+  return names[dtype];
+}
+
+Status forward(const Kernels& kernels, DType dtype, const ForwardArguments& arguments, int threads,
+               Interrupt interrupt) {
+  Team team(worthwhile_threads(arguments.geometry, threads), interrupt);
+  return kernels.forward[dtype][arguments.geometry.ndim - 1](arguments, team);
+}
+
+Status backward(const Kernels& kernels, DType dtype, const BackwardArguments& arguments, int threads,
+                Interrupt interrupt) {
+  Team team(worthwhile_threads(arguments.geometry, threads), interrupt);
+  return kernels.backward[dtype][arguments.geometry.ndim - 1](arguments, team);
+}
+
+}  // namespace dcn

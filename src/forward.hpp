@@ -1,0 +1,255 @@
+// The forward pass: tiles of positions go through locate, gather and contract while they are in cache.
+#pragma once
+
+#include "plan.hpp"
+
+namespace dcn::DCN_ISA {
+
+template <class T, int NDim>
+struct ForwardPlan : Plan<T, NDim> {
+  using Plan<T, NDim>::geometry;
+  using Plan<T, NDim>::taps;
+  using Plan<T, NDim>::positions;
+
+  Images<T, NDim> x;
+  Panels panels;          // of the outputs of a weight group
+  int64_t terms;          // of one output: taps x inputs of its group
+  int64_t chunk_taps;     // taps gathered before they are multiplied
+  int64_t columns_stride, sums_stride;
+  int64_t tile_positions, tiles;
+  int64_t round_images;   // images whose channels-last copies exist at the same time
+  int threads;
+
+  ForwardPlan(const ForwardArguments& arguments, int threads)
+      : Plan<T, NDim>(arguments.geometry),
+        x(arguments.x, arguments.geometry.in_channels, arguments.geometry.input),
+        panels(Panels::of<T>(this->group_outputs)),
+        threads(threads) {
+    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 4608 / sizeof(T), kColumnsBytes = 400 << 10;
+    terms = taps * this->group_inputs;
+    const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
+    chunk_taps = ceil_div(taps, ceil_div(taps * channels, kChunkTerms));
+    columns_stride = this->depthwise ? 0 : ceil_div(chunk_taps * channels, kLine) * kLine + kLine;
+    sums_stride = this->depthwise ? channels : geometry.groups * panels.padded();
+
+    const int64_t per_position = (columns_stride + 1) * sizeof(T);
+    int64_t most = kColumnsBytes / per_position / kTileRows * kTileRows;
+    if (most > kTilePositions) most = kTilePositions;
+    if (most < 2 * kTileRows) most = 2 * kTileRows;
+    // Enough tiles to keep every thread busy: a tile never changes the bits of a result.
+    const int64_t fair = ceil_div(ceil_div(positions, 4 * threads), kTileRows) * kTileRows;
+    const bool scarce = geometry.batch * ceil_div(positions, most) < 4 * threads;
+    tile_positions = scarce && fair < most ? fair : most;
+    tiles = ceil_div(positions, tile_positions);
+
+    constexpr size_t kRoundBytes = 2 << 20;
+    const size_t image_bytes = x.buffer_elements() * sizeof(T) + 1;
+    const int64_t fitting = static_cast<int64_t>(kRoundBytes * threads / image_bytes);
+    round_images = x.in_place || fitting > geometry.batch ? geometry.batch : fitting > 1 ? fitting : 1;
+  }
+  const T* packed(const T* weights, int64_t group, int64_t panel) const {
+    return weights + (group * panels.padded() + panels.first(panel)) * terms;
+  }
+};
+
+template <class T, int NDim>
+struct ForwardBuffers {
+  T* x;
+  T* weights;
+  T* zeros;
+  struct PerThread {
+    Samples<T, NDim>* samples;
+    T* columns;
+    T* sums;
+  };
+  PerThread* thread;
+
+  ForwardBuffers(const ForwardPlan<T, NDim>& plan, Workspace& space) {
+    x = space.take<T>(plan.x.buffer_elements() * plan.round_images);
+    const size_t columns = plan.depthwise ? plan.geometry.in_channels : plan.geometry.groups * plan.panels.padded();
+    weights = space.take<T>(columns * plan.terms);
+    zeros = space.take<T>(plan.geometry.in_channels);
+    thread = space.take<PerThread>(plan.threads);
+    for (int i = 0; i < plan.threads; ++i) {
+      const PerThread mine = {space.take<Samples<T, NDim>>(1),
+                              space.take<T>(plan.columns_stride * plan.tile_positions),
+                              space.take<T>(plan.sums_stride * plan.tile_positions)};
+      if (thread) thread[i] = mine;
+    }
+    if (zeros) __builtin_memset(zeros, 0, plan.geometry.in_channels * sizeof(T));
+  }
+};
+
+// weight (out, in, tap) -> [group][panel][tap][in][lane]: one panel of one group.
+template <class T, int NDim>
+void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t group, int64_t panel, T* packed) {
+  const int64_t width = plan.panels.width(panel), first = plan.panels.first(panel);
+  const int64_t left = plan.group_outputs - first, columns = left < width ? left : width;
+  const T* from = weight + (group * plan.group_outputs + first) * plan.terms;
+  constexpr int64_t kRun = 64;
+  T block[kRun * 2 * kLanes<T>];
+  for (int64_t start = 0; start < plan.terms; start += kRun) {
+    const int64_t run = plan.terms - start < kRun ? plan.terms - start : kRun;
+    transpose_matrix<T>(columns, run, from + start, plan.terms, block, width);
+    for (int64_t i = 0; i < run; ++i) {
+      const int64_t input = (start + i) / plan.taps, tap = (start + i) % plan.taps;
+      T* to = packed + (tap * plan.group_inputs + input) * width;
+      for (int64_t lane = columns; lane < width; ++lane) block[i * width + lane] = 0;
+      for_each_vector<T>(width, [&](auto lanes, int64_t lane) {
+        using V = Vec<T, decltype(lanes)::count>;
+        store(to + lane, load<V>(block + i * width + lane));
+      });
+    }
+  }
+}
+
+template <class T, int NDim>
+class ForwardRun {
+ public:
+  ForwardRun(const ForwardArguments& arguments, const ForwardPlan<T, NDim>& plan,
+             const ForwardBuffers<T, NDim>& buffers, Team& team)
+      : arguments_(arguments), plan_(plan), buffers_(buffers), team_(team) {}
+
+  bool run() {
+    if (!pack()) return false;
+    for (int64_t first = 0; first < geometry().batch; first += plan_.round_images) {
+      const int64_t left = geometry().batch - first;
+      const int64_t images = left < plan_.round_images ? left : plan_.round_images;
+      if (!copy(first, images) || !tiles(first, images)) return false;
+    }
+    return true;
+  }
+
+ private:
+  using Thread = typename ForwardBuffers<T, NDim>::PerThread;
+  const Geometry& geometry() const { return plan_.geometry; }
+  T* image_buffer(int64_t slot) const { return buffers_.x + slot * plan_.x.buffer_elements(); }
+
+  bool pack() {
+    const T* weight = static_cast<const T*>(arguments_.weight);
+    if (plan_.depthwise) {
+      transpose_matrix<T>(geometry().in_channels, plan_.taps, weight, plan_.taps, buffers_.weights,
+                          geometry().in_channels);
+      return true;
+    }
+    const int64_t panels = plan_.panels.count();
+    return team_.run(geometry().groups * panels, [&](int64_t item, int) {
+      const int64_t group = item / panels, panel = item % panels;
+      pack_weights(plan_, weight, group, panel, const_cast<T*>(plan_.packed(buffers_.weights, group, panel)));
+    });
+  }
+
+  bool copy(int64_t first, int64_t images) {
+    const int64_t items = plan_.x.copy_items();
+    if (items == 0) return true;
+    return team_.run(items * images, [&](int64_t item, int) {
+      const int64_t slot = item / items;
+      plan_.x.copy_in(first + slot, item % items, image_buffer(slot));
+    });
+  }
+
+  bool tiles(int64_t first, int64_t images) {
+    return team_.run(plan_.tiles * images, [&](int64_t item, int thread) {
+      const int64_t slot = item / plan_.tiles;
+      const Tile<NDim> tile = plan_.tile(item % plan_.tiles, plan_.tile_positions);
+      Thread& mine = buffers_.thread[thread];
+      const Pixels<NDim> pixels = plan_.x.view(first + slot, image_buffer(slot));
+      if (plan_.depthwise)
+        sum_per_channel(first + slot, tile, pixels, mine);
+      else if (!multiply(first + slot, tile, pixels, mine, thread))
+        return;
+      write(first + slot, tile, mine.sums);
+    });
+  }
+
+  // Locates one tap for every offset group and hands the group's samples to body(first channel, channels).
+  template <class Body>
+  void for_each_offset_group(int64_t image, const Tile<NDim>& tile, const Tap<NDim>& tap, Pixels<NDim> pixels,
+                             Samples<T, NDim>& samples, const Body& body) {
+    const int64_t channels = plan_.offset_group_channels;
+    for (int64_t group = 0; group < geometry().offset_groups; ++group) {
+      const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, plan_.taps, image, group);
+      Pixels<NDim> mine = pixels;
+      mine.data += group * channels * sizeof(T);
+      locate_values(geometry(), tile, tap, moved, mine, buffers_.zeros, samples);
+      body(group * channels, channels);
+    }
+  }
+
+  bool multiply(int64_t image, const Tile<NDim>& tile, const Pixels<NDim>& pixels, Thread& mine, int thread) {
+    const int64_t channels = geometry().in_channels;
+    if (plan_.terms == 0) __builtin_memset(mine.sums, 0, plan_.sums_stride * tile.count * sizeof(T));
+    for (int64_t first = 0; first < plan_.taps; first += plan_.chunk_taps) {
+      const int64_t left = plan_.taps - first, count = left < plan_.chunk_taps ? left : plan_.chunk_taps;
+      for (int64_t i = 0; i < count; ++i)
+        for_each_offset_group(image, tile, Tap<NDim>(geometry(), first + i), pixels, *mine.samples,
+                              [&](int64_t channel, int64_t group_channels) {
+                                gather_columns<T, NDim>(*mine.samples, tile.count, group_channels,
+                                                        mine.columns + i * channels + channel, plan_.columns_stride);
+                              });
+      for (int64_t group = 0; group < geometry().groups; ++group)
+        for (int64_t panel = 0; panel < plan_.panels.count(); ++panel) {
+          if (!team_.keep_going(thread)) return false;
+          multiply_chunk(tile.count, group, panel, first, count, mine);
+        }
+    }
+    return true;
+  }
+
+  void multiply_chunk(int64_t positions, int64_t group, int64_t panel, int64_t first_tap, int64_t taps, Thread& mine) {
+    const Panels& panels = plan_.panels;
+    const int64_t inputs = plan_.group_inputs, width = panels.width(panel);
+    const T* weights = plan_.packed(buffers_.weights, group, panel) + first_tap * inputs * width;
+    const T* columns = mine.columns + group * inputs;
+    T* sums = mine.sums + group * panels.padded() + panels.first(panel);
+    for_each_piece(Terms{taps, geometry().in_channels, inputs, 1}, [&](Terms piece, int64_t at, int64_t term) {
+      multiply_panel<T>(panels, panel, positions, columns + at, plan_.columns_stride, piece, weights + term * width,
+                        sums, plan_.sums_stride, first_tap == 0 && term == 0);
+    });
+  }
+
+  void sum_per_channel(int64_t image, const Tile<NDim>& tile, const Pixels<NDim>& pixels, Thread& mine) {
+    const int64_t stride = plan_.sums_stride;
+    for (int64_t tap = 0; tap < plan_.taps; ++tap)
+      for_each_offset_group(
+          image, tile, Tap<NDim>(geometry(), tap), pixels, *mine.samples, [&](int64_t channel, int64_t channels) {
+            const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
+            T* sums = mine.sums + channel;
+            gather<T, NDim>(*mine.samples, tile.count, channels, [&](auto, int64_t p, int64_t c, auto sample) {
+              T* sum = sums + p * stride + c;
+              const auto product = sample * load<decltype(sample)>(weights + c);
+              store(sum, tap == 0 ? product : load<decltype(sample)>(sum) + product);
+            });
+          });
+  }
+
+  void write(int64_t image, const Tile<NDim>& tile, const T* sums) {
+    const Planes& output = arguments_.output;
+    const int64_t outputs = plan_.group_outputs;
+    constexpr int64_t size = sizeof(T);
+    for (int64_t group = 0; group < (plan_.depthwise ? 1 : geometry().groups); ++group) {
+      const int64_t channel = group * outputs;
+      char* to = output.data + image * output.batch + channel * output.channel + tile.first * output.position;
+      const T* bias = static_cast<const T*>(arguments_.bias);
+      copy_matrix<T>(tile.count, plan_.depthwise ? geometry().out_channels : outputs,
+                     {sums + group * plan_.panels.padded(), plan_.sums_stride, 1},
+                     {reinterpret_cast<T*>(to), output.position / size, output.channel / size},
+                     bias ? bias + channel : nullptr);
+    }
+  }
+
+  const ForwardArguments& arguments_;
+  const ForwardPlan<T, NDim>& plan_;
+  const ForwardBuffers<T, NDim>& buffers_;
+  Team& team_;
+};
+
+template <class T, int NDim>
+Status forward(const ForwardArguments& arguments, Team& team) {
+  const ForwardPlan<T, NDim> plan(arguments, team.threads());
+  return with_workspace<ForwardBuffers<T, NDim>>(plan, [&](const ForwardBuffers<T, NDim>& buffers) {
+    return ForwardRun<T, NDim>(arguments, plan, buffers, team).run();
+  });
+}
+
+}  // namespace dcn::DCN_ISA

@@ -1,0 +1,3 @@
+#define DCN_ISA baseline
+#include "deform_conv.hpp"
+#include "kernels.inc.hpp"

@@ -1,0 +1,52 @@
+// What one instruction set provides, and the arguments that cross into it. Nothing here depends on an instruction set.
+#pragma once
+
+#include "arrays.hpp"
+#include "parallel.hpp"
+
+namespace dcn {
+
+// The one list of element types: Python's dtype.name, the C++ type.
+#define DCN_FOR_EACH_DTYPE(X) \
+  X(float32, float)           \
+  X(float64, double)
+
+enum DType : int {
+#define DCN_DTYPE(name, type) k_##name,
+  DCN_FOR_EACH_DTYPE(DCN_DTYPE)
+#undef DCN_DTYPE
+      kDTypes
+};
+
+// x, offset, mask: see Geometry for their shapes. weight: (out_channels, in_channels / groups, taps), C order.
+struct ForwardArguments {
+  Geometry geometry;
+  Array x;
+  Planes offset, mask;
+  const void* weight;
+  const void* bias;  // (out_channels), or null
+  Planes output;
+};
+
+// A gradient whose pointer is null is not computed.
+struct BackwardArguments {
+  Geometry geometry;
+  Array x;
+  Planes offset, mask, grad_output;
+  const void* weight;
+  Array grad_x;
+  Planes grad_offset, grad_mask;
+  void* grad_weight;
+  void* grad_bias;
+};
+
+using Forward = Status (*)(const ForwardArguments&, Team&);
+using Backward = Status (*)(const BackwardArguments&, Team&);
+
+struct Kernels {
+  const char* isa;
+  Forward forward[kDTypes][kMaxAxes];  // by rank - 1
+  Backward backward[kDTypes][kMaxAxes];
+};
+
+}  // namespace dcn

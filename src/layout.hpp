@@ -1,0 +1,148 @@
+// Channels-last copies of an image, and results back into the caller's layout.
+//
+// The kernels read and write pixels whose channels are contiguous. An array that is stored so is used in place;
+// any other is transposed, an image at a time, in blocks of one vector by one vector of registers.
+#pragma once
+
+#include "arrays.hpp"
+#include "columns.hpp"
+#include "vector.hpp"
+
+namespace dcn::DCN_ISA {
+
+// to[column][row] = from[row][column] (+ bias[column]); columns of `from` and rows of `to` are contiguous, strides in elements.
+template <class T>
+void transpose_matrix(int64_t rows, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride,
+                      const T* bias = nullptr) {
+  constexpr int n = kLanes<T>;
+  using V = Vec<T, n>;
+  const int64_t whole_rows = rows / n * n, whole_columns = columns / n * n;
+  for (int64_t r = 0; r < whole_rows; r += n)
+    for (int64_t c = 0; c < whole_columns; c += n) {
+      V block[n];
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) block[i] = load<V>(from + (r + i) * from_stride + c);
+      transpose<1>(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i)
+        store(to + (c + i) * to_stride + r, bias ? block[i] + broadcast<V>(bias[c + i]) : block[i]);
+    }
+  const auto element = [&](int64_t r, int64_t c) {
+    const T value = from[r * from_stride + c];
+    to[c * to_stride + r] = bias ? value + bias[c] : value;
+  };
+  for (int64_t r = 0; r < whole_rows; ++r)
+    for (int64_t c = whole_columns; c < columns; ++c) element(r, c);
+  for (int64_t r = whole_rows; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) element(r, c);
+}
+
+// Position of a matrix in memory: element (position, channel) lies at position * position_stride + channel * channel_stride.
+template <class T>
+struct MatrixView {
+  T* data;
+  int64_t position, channel;  // in elements
+};
+
+// Copies positions x channels from one matrix to another (+ bias), whatever the strides of each.
+template <class T>
+void copy_matrix(int64_t positions, int64_t channels, MatrixView<const T> from, MatrixView<T> to,
+                 const T* bias = nullptr) {
+  if (from.position == 1 && to.channel == 1 && !bias)
+    return transpose_matrix<T>(channels, positions, from.data, from.channel, to.data, to.position);
+  if (from.channel == 1 && to.position == 1)
+    return transpose_matrix<T>(positions, channels, from.data, from.position, to.data, to.channel, bias);
+  if (from.channel == 1 && to.channel == 1) {
+    for (int64_t p = 0; p < positions; ++p)
+      for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
+        using V = Vec<T, decltype(lanes)::count>;
+        const V value = load<V>(from.data + p * from.position + c);
+        store(to.data + p * to.position + c, bias ? value + load<V>(bias + c) : value);
+      });
+    return;
+  }
+  for (int64_t p = 0; p < positions; ++p)
+    for (int64_t c = 0; c < channels; ++c) {
+      const T value = from.data[p * from.position + c * from.channel];
+      to.data[p * to.position + c * to.channel] = bias ? value + bias[c] : value;
+    }
+}
+
+// An image seen as rows of pixels at a constant distance: as few and as long as its strides allow.
+template <int NDim>
+struct Rows {
+  int64_t rows, length;
+  int64_t outer[NDim];  // extents of the axes that number the rows
+  int outer_axes;
+
+  Rows(const int64_t* extents, const int64_t* strides) : rows(1), length(extents[NDim - 1]), outer_axes(NDim - 1) {
+    while (outer_axes > 0 && strides[outer_axes - 1] == strides[outer_axes] * extents[outer_axes])
+      length *= extents[--outer_axes];
+    for (int axis = 0; axis < outer_axes; ++axis) rows *= outer[axis] = extents[axis];
+  }
+  int64_t offset(int64_t row, const int64_t* strides) const {
+    int64_t offset = 0;
+    for (int axis = outer_axes - 1; axis >= 0; row /= outer[axis--]) offset += row % outer[axis] * strides[axis];
+    return offset;
+  }
+};
+
+constexpr int64_t kCopyPixels = 256;  // pixels of one item of a copy
+
+// How the kernels reach the pixels of an array of images: in place where its channels are contiguous, else through a
+// channels-last buffer of one image (or several: `slot`).
+template <class T, int NDim>
+struct Images {
+  Array array;
+  int64_t channels, extents[NDim], pixels;
+  bool in_place;
+  int64_t pixel_stride;  // of the buffer, in elements
+
+  Images(const Array& array, int64_t channels, const int64_t* extents) : array(array), channels(channels), pixels(1) {
+    for (int axis = 0; axis < NDim; ++axis) pixels *= this->extents[axis] = extents[axis];
+    in_place = channels <= 1 || array.channel == sizeof(T);
+    // A distance of a large power of two would put the pixels of a column into few sets of the cache.
+    constexpr int64_t kLine = 64 / sizeof(T);
+    pixel_stride = channels % (16 * kLine) == 0 ? channels + kLine : channels;
+  }
+  size_t buffer_elements() const { return in_place ? 0 : static_cast<size_t>(pixels) * pixel_stride; }
+
+  Pixels<NDim> view(int64_t image, T* buffer) const {
+    Pixels<NDim> view;
+    view.data = in_place ? array.data + image * array.batch : reinterpret_cast<char*>(buffer);
+    for (int64_t axis = NDim - 1, stride = pixel_stride * sizeof(T); axis >= 0; stride *= extents[axis--])
+      view.axis[axis] = in_place ? array.axis[axis] : stride;
+    return view;
+  }
+  int64_t copy_items() const {
+    if (in_place || pixels == 0) return 0;
+    const Rows<NDim> rows(extents, array.axis);
+    return rows.rows * ((rows.length + kCopyPixels - 1) / kCopyPixels);
+  }
+  void copy_in(int64_t image, int64_t item, T* buffer) const {
+    with_item(image, item, [&](int64_t first, int64_t count, MatrixView<T> planar) {
+      copy_matrix<T>(count, channels, {planar.data, planar.position, planar.channel},
+                     {buffer + first * pixel_stride, pixel_stride, 1});
+    });
+  }
+  void copy_out(int64_t image, int64_t item, const T* buffer) const {
+    with_item(image, item, [&](int64_t first, int64_t count, MatrixView<T> planar) {
+      copy_matrix<T>(count, channels, {buffer + first * pixel_stride, pixel_stride, 1}, planar);
+    });
+  }
+
+ private:
+  template <class Body>
+  void with_item(int64_t image, int64_t item, const Body& body) const {
+    const Rows<NDim> rows(extents, array.axis);
+    const int64_t items = (rows.length + kCopyPixels - 1) / kCopyPixels;
+    const int64_t row = item / items, start = item % items * kCopyPixels;
+    const int64_t count = rows.length - start < kCopyPixels ? rows.length - start : kCopyPixels;
+    char* data = array.data + image * array.batch + rows.offset(row, array.axis) + start * array.axis[NDim - 1];
+    constexpr int64_t size = sizeof(T);
+    body(row * rows.length + start, count,
+         MatrixView<T>{reinterpret_cast<T*>(data), array.axis[NDim - 1] / size, array.channel / size});
+  }
+};
+
+}  // namespace dcn::DCN_ISA

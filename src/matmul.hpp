@@ -1,0 +1,126 @@
+// The matrix product: register tiles over packed panels.
+//
+//     C[row][column] (+)= sum over k of A[row][k] * B[k][column]
+//
+// A is read where it lies, through strides; B is packed in panels of one or two vectors of columns. A sum is taken in
+// pieces of at most kPiece terms, each from zero, and the pieces are then added: a running sum over thousands of
+// positive terms would lose ten times as much.
+#pragma once
+
+#include "vector.hpp"
+
+namespace dcn::DCN_ISA {
+
+constexpr int64_t kPiece = 256;
+
+// One run of k: `outer` stretches of `inner` terms. (taps x channels of a weight group, or one stretch of positions.)
+struct Terms {
+  int64_t outer, outer_stride;
+  int64_t inner, inner_stride;
+};
+
+// A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are added.
+template <class T, int N, int NR, int M>
+__attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_stride, Terms terms,
+                                             const T* __restrict b, T* __restrict c, int64_t c_stride, bool fresh) {
+  using V = Vec<T, N>;
+  V sums[M][NR];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NR; ++j) sums[i][j] = V{};
+
+  for (int64_t outer = 0; outer < terms.outer; ++outer) {
+    const T* step = a + outer * terms.outer_stride;
+    for (int64_t k = 0; k < terms.inner; ++k, step += terms.inner_stride, b += NR * N) {
+      V columns[NR];
+#pragma GCC unroll 2
+      for (int j = 0; j < NR; ++j) columns[j] = load<V>(b + j * N);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) {
+        const V value = broadcast<V>(step[i * row_stride]);
+#pragma GCC unroll 2
+        for (int j = 0; j < NR; ++j) sums[i][j] += value * columns[j];
+      }
+    }
+  }
+
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NR; ++j) {
+      T* to = c + i * c_stride + j * N;
+      store(to, fresh ? sums[i][j] : load<V>(to) + sums[i][j]);
+    }
+}
+
+template <class T, int N, int NR>
+void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, const T* b, T* c, int64_t c_stride,
+                   bool fresh) {
+  int64_t i = 0;
+  for (; i + kTileRows <= rows; i += kTileRows)
+    multiply_tile<T, N, NR, kTileRows>(a + i * row_stride, row_stride, terms, b, c + i * c_stride, c_stride, fresh);
+  for (; i + 4 <= rows; i += 4)
+    multiply_tile<T, N, NR, 4>(a + i * row_stride, row_stride, terms, b, c + i * c_stride, c_stride, fresh);
+  for (; i < rows; ++i)
+    multiply_tile<T, N, NR, 1>(a + i * row_stride, row_stride, terms, b, c + i * c_stride, c_stride, fresh);
+}
+
+// The columns of B or C, cut into panels: whole ones of two vectors, then at most one of a single vector. The lanes of
+// a vector are chosen so that a few columns do not pay for many.
+struct Panels {
+  int lanes;
+  int64_t columns;
+  int64_t whole;   // panels of two vectors
+  bool half;       // one more, of one vector
+
+  template <class T>
+  static Panels of(int64_t columns) {
+    constexpr int kMost = kLanes<T>, kLeast = kMost >= 4 ? kMost / 4 : 1;
+    int lanes = kMost;
+    while (lanes > kLeast && lanes / 2 >= columns) lanes /= 2;
+    const int64_t whole = columns / (2 * lanes), rest = columns - whole * 2 * lanes;
+    return {lanes, columns, whole + (rest > lanes), rest > 0 && rest <= lanes};
+  }
+  int64_t count() const { return whole + half; }
+  int64_t first(int64_t panel) const { return panel * 2 * lanes; }
+  int64_t width(int64_t panel) const { return panel < whole ? 2 * lanes : lanes; }
+  int64_t padded() const { return (2 * whole + half) * lanes; }
+};
+
+// One panel of the product; `b` is the panel's packed rows for these terms.
+template <class T>
+void multiply_panel(const Panels& panels, int64_t panel, int64_t rows, const T* a, int64_t row_stride, Terms terms,
+                    const T* b, T* c, int64_t c_stride, bool fresh) {
+  const auto with = [&](auto lanes) {
+    constexpr int n = decltype(lanes)::count;
+    if (panel < panels.whole)
+      multiply_rows<T, n, 2>(rows, a, row_stride, terms, b, c, c_stride, fresh);
+    else
+      multiply_rows<T, n, 1>(rows, a, row_stride, terms, b, c, c_stride, fresh);
+  };
+  constexpr int kMost = kLanes<T>;
+  if (panels.lanes == kMost) return with(Lanes<kMost>{});
+  if constexpr (kMost >= 2) {
+    if (panels.lanes == kMost / 2) return with(Lanes<kMost / 2>{});
+  }
+  if constexpr (kMost >= 4) with(Lanes<kMost / 4>{});
+}
+
+// Calls body(terms, first term, whether it is the first piece) for pieces of at most kPiece terms. With `contiguous`
+// stretches (outer_stride = inner) the pieces need not respect them.
+template <class Body>
+void for_each_piece(Terms all, const Body& body) {
+  if (all.outer_stride == all.inner && all.inner_stride == 1) all = {1, 0, all.outer * all.inner, 1};
+  const int64_t inner = all.inner < kPiece ? all.inner : kPiece;
+  const int64_t outer = inner > 0 && inner == all.inner ? kPiece / inner : 1;
+  for (int64_t o = 0; o < all.outer; o += outer)
+    for (int64_t i = 0; i < all.inner; i += inner) {
+      const int64_t outer_left = all.outer - o, inner_left = all.inner - i;
+      const Terms piece = {outer < outer_left ? outer : outer_left, all.outer_stride,
+                           inner < inner_left ? inner : inner_left, all.inner_stride};
+      body(piece, o * all.outer_stride + i * all.inner_stride, o * all.inner + i);
+    }
+}
+
+}  // namespace dcn::DCN_ISA

@@ -1,0 +1,163 @@
+// The only file that knows OpenMP. Compiled for the baseline, so it may use the standard library.
+#include "parallel.hpp"
+
+#include <omp.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dcn {
+
+using Clock = std::chrono::steady_clock;
+
+namespace {
+
+// A pending Ctrl-C is noticed after this long, plus one step of an item.
+constexpr auto kPollInterval = std::chrono::milliseconds(20);
+
+std::atomic<bool> serial{false};
+std::atomic<int> active_teams{0};
+
+void pause_briefly(int spins) {
+  if (spins > 4096) {
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+    return;
+  }
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// libgomp ends the process when it cannot create a thread. So before a team of this thread grows, that many plain
+// threads are started and joined: where that fails the team is as large as it went. Every calling thread has an OpenMP
+// pool of its own, hence thread_local.
+thread_local int proven_threads = 1;
+
+int startable_threads(int wanted) {
+  if (wanted <= proven_threads) return wanted;
+  std::thread probes[64];
+  int started = 0;
+  const int missing = wanted - 1 < 64 ? wanted - 1 : 64;
+  try {
+    for (; started < missing; ++started) probes[started] = std::thread([] {});
+  } catch (const std::system_error&) {
+  } catch (const std::bad_alloc&) {
+  }
+  for (int i = 0; i < started; ++i) probes[i].join();
+  proven_threads = started == missing ? wanted : started + 1;
+  return proven_threads;
+}
+
+}  // namespace
+
+struct Team::Shared {
+  alignas(64) std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int> working{0};
+  alignas(64) std::atomic<bool> stop{false};
+  alignas(64) Interrupt interrupt;
+  Clock::time_point next_poll;
+
+  // False once interrupted; only the calling thread asks, and after a yes never again.
+  bool poll() {
+    if (stop.load(std::memory_order_relaxed)) return false;
+    const auto now = Clock::now();
+    if (now < next_poll) return true;
+    next_poll = now + kPollInterval;
+    if (!interrupt.pending || !interrupt.pending(interrupt.context)) return true;
+    stop.store(true, std::memory_order_relaxed);
+    return false;
+  }
+};
+
+Team::Team(int threads, Interrupt interrupt) {
+  static_assert(sizeof(Shared) <= sizeof(storage_) && alignof(Shared) <= 64, "Team::storage_ is too small");
+  shared_ = new (storage_) Shared;
+  shared_->interrupt = interrupt;
+  shared_->next_poll = Clock::now() + kPollInterval;
+  // Callers on several threads share the cores instead of each starting a full team.
+  const int active = active_teams.fetch_add(1) + 1;
+  threads_ = serial.load() ? 1 : threads / active;
+  threads_ = threads_ <= 1 ? 1 : startable_threads(threads_);
+}
+
+Team::~Team() {
+  active_teams.fetch_sub(1);
+  shared_->~Shared();
+}
+
+bool Team::keep_going(int thread) {
+  return thread == 0 ? shared_->poll() : !shared_->stop.load(std::memory_order_relaxed);
+}
+
+void Team::work(int64_t items, Item body, const void* context, int thread) {
+  while (keep_going(thread)) {
+    const int64_t item = shared_->next.fetch_add(1, std::memory_order_relaxed);
+    if (item >= items) return;
+    body(context, item, thread);
+  }
+}
+
+bool Team::run(int64_t items, Item body, const void* context) {
+  const int64_t wanted = items < threads_ ? items : threads_;
+  shared_->next.store(0, std::memory_order_relaxed);
+  if (wanted <= 1) {
+    work(items, body, context, 0);
+    return !shared_->stop.load(std::memory_order_relaxed);
+  }
+  shared_->working.store(static_cast<int>(wanted), std::memory_order_relaxed);
+#pragma omp parallel num_threads(static_cast<int>(wanted))
+  {
+    const int thread = omp_get_thread_num();
+    work(items, body, context, thread);
+    if (thread != 0) {
+      shared_->working.fetch_sub(1, std::memory_order_release);
+    } else {
+      // The calling thread keeps polling: waiting at the barrier it could not see a Ctrl-C.
+      const int others = static_cast<int>(wanted) - omp_get_num_threads() + 1;
+      for (int spins = 0; shared_->working.load(std::memory_order_acquire) > others; ++spins) {
+        pause_briefly(spins);
+        if (spins % 64 == 0) shared_->poll();
+      }
+    }
+  }
+  return !shared_->stop.load(std::memory_order_relaxed);
+}
+
+int hardware_threads() {
+  int threads = omp_get_max_threads();
+  if (omp_get_thread_limit() < threads) threads = omp_get_thread_limit();
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) < threads)
+    threads = CPU_COUNT(&allowed);
+#endif
+  return threads > 1 ? threads : 1;
+}
+
+void run_serially() {
+  serial.store(true);
+  active_teams.store(0);  // teams of the parent's other threads did not survive the fork
+}
+
+void* allocate(size_t bytes) {
+  constexpr size_t kAlignment = 64;
+  if (bytes > SIZE_MAX - kAlignment) return nullptr;
+  return std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+}
+
+void release(void* memory) { std::free(memory); }
+
+}  // namespace dcn

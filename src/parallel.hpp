@@ -1,0 +1,57 @@
+// Threads, interruption and memory for the kernels, without a header of the standard library: the instruction-set
+// files include this, and an inline function of std compiled there could replace everyone's copy at link time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dcn {
+
+enum class Status : int { kOk = 0, kOutOfMemory = 1, kInterrupted = 2 };
+
+// Asked from time to time, on the calling thread only, whether to give up (a pending Ctrl-C).
+struct Interrupt {
+  bool (*pending)(void* context);
+  void* context;
+};
+
+// The threads of one call. Items are handed out one by one; what an item computes may depend on its index and never on
+// the thread that runs it, and no two items of one run() may write the same memory: that is what makes results
+// independent of the number of threads. Nothing here allocates after the constructor, and no exception crosses run().
+class Team {
+ public:
+  Team(int threads, Interrupt interrupt);  // takes fewer threads where the system gives fewer
+  ~Team();
+  Team(const Team&) = delete;
+  Team& operator=(const Team&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Calls body(item, thread) for every item, on at most `threads()` threads. False: interrupted, results are unfinished.
+  template <class Body>
+  bool run(int64_t items, const Body& body) {
+    return run(items, [](const void* context, int64_t item, int thread) {
+      (*static_cast<const Body*>(context))(item, thread);
+    }, &body);
+  }
+
+  // For the inside of long items: false when the call was interrupted and the item should return at once.
+  bool keep_going(int thread);
+
+ private:
+  using Item = void (*)(const void* context, int64_t item, int thread);
+  bool run(int64_t items, Item body, const void* context);
+  void work(int64_t items, Item body, const void* context, int thread);
+
+  struct Shared;
+  Shared* shared_;
+  int threads_;
+  alignas(64) unsigned char storage_[320];
+};
+
+int hardware_threads();       // what OpenMP would start from this thread: OMP_NUM_THREADS, omp_set_num_threads
+void run_serially();          // from now on every team has one thread: called in the child of a fork
+void* allocate(size_t bytes); // 64-byte aligned, null when there is none
+void release(void* memory);
+
+}  // namespace dcn

@@ -1,0 +1,38 @@
+// What the forward and the backward pass derive from the geometry.
+#pragma once
+
+#include "kernels.hpp"
+#include "layout.hpp"
+#include "matmul.hpp"
+#include "workspace.hpp"
+
+namespace dcn::DCN_ISA {
+
+DCN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DCN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T, int NDim>
+struct Plan {
+  const Geometry& geometry;
+  int64_t taps = 1, positions = 1;
+  int64_t group_inputs, group_outputs;  // channels of a weight group
+  int64_t offset_group_channels;
+  bool depthwise;                       // one channel in, one out: a sum per channel instead of a product of matrices
+
+  explicit Plan(const Geometry& geometry) : geometry(geometry) {
+    for (int axis = 0; axis < NDim; ++axis) {
+      taps *= geometry.kernel[axis];
+      positions *= geometry.output[axis];
+    }
+    group_inputs = geometry.in_channels / geometry.groups;
+    group_outputs = geometry.out_channels / geometry.groups;
+    offset_group_channels = geometry.in_channels / geometry.offset_groups;
+    depthwise = group_inputs == 1 && group_outputs == 1;
+  }
+  Tile<NDim> tile(int64_t index, int64_t size) const {
+    const int64_t first = index * size, left = positions - first;
+    return Tile<NDim>(geometry, first, left < size ? left : size);
+  }
+};
+
+}  // namespace dcn::DCN_ISA

@@ -1,0 +1,191 @@
+// Vec<T, N>, load, store, select, convert, transpose: the only file that mentions SIMD.
+//
+// GCC/Clang vector extensions, so one text serves every instruction set. Vec<T, 1> is T itself, which lets the last
+// channels of a row go through the same code as full vectors.
+#pragma once
+
+#include "platform.hpp"
+
+namespace dcn::DCN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileRows = 12;  // 12 x 2 accumulators of 32 registers
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 6;  // 6 x 2 accumulators of 16 registers
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 12;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 6;
+#endif
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T, int N>
+struct VecOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T>
+struct VecOf<T, 1> {
+  using type = T;
+};
+template <class T, int N>
+using Vec = typename VecOf<T, N>::type;
+
+template <class V, class T>
+DCN_INLINE V load(const T* from) {
+  V vector;
+  __builtin_memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <class V, class T>
+DCN_INLINE void store(T* to, V vector) {
+  __builtin_memcpy(to, &vector, sizeof vector);
+}
+
+// Subtracting zero keeps every bit, the sign of -0 too; adding it would not.
+template <class V, class T>
+DCN_INLINE V broadcast(T value) {
+  return value - V{};
+}
+
+template <class To, class From>
+DCN_INLINE To convert(From value) {
+  return __builtin_convertvector(value, To);
+}
+
+// The number types of sampling.hpp for N positions at once. Comparing reals gives masks as wide as the reals,
+// comparing indices masks of 64 bits: widen and narrow go between the two.
+template <class T, int N>
+struct LanesOf {
+  using Real = Vec<T, N>;
+  using Int32 = Vec<int32_t, N>;
+  using Int64 = Vec<int64_t, N>;
+  using Mask = Int64;
+  using RealMask = decltype(Real{} < Real{});
+  static DCN_INLINE Real real(double value) { return broadcast<Real>(static_cast<T>(value)); }
+  static DCN_INLINE Int64 int64(int64_t value) { return value - Int64{}; }
+  static DCN_INLINE Int32 int32_of(Real value) { return convert<Int32>(value); }  // towards zero
+  static DCN_INLINE Int64 int64_of(Int32 value) { return convert<Int64>(value); }
+  static DCN_INLINE Real real_of(Int32 value) { return convert<Real>(value); }
+  template <class M, class V>
+  static DCN_INLINE V select(M mask, V yes, V no) {
+    return mask ? yes : no;
+  }
+  static DCN_INLINE Mask widen(RealMask mask) { return convert<Mask>(mask); }
+  static DCN_INLINE RealMask narrow(Mask mask) { return convert<RealMask>(mask); }
+};
+
+template <int N>
+struct Lanes {
+  static constexpr int count = N;
+};
+
+// Cuts n channels into whole vectors and then halves, quarters, ... down to one: every element is read and written
+// exactly once, so no neighbouring pixel can leak into the last lanes and no padding is needed.
+template <class T, int N = kLanes<T>, class Body>
+DCN_INLINE void for_each_vector(int64_t n, Body&& body) {
+  int64_t c = 0;
+  for (; c + N <= n; c += N) body(Lanes<N>{}, c);
+  if constexpr (N > 1) {
+    if (c == n) return;
+    if constexpr (N >= 16) {
+      if (n - c >= 8) body(Lanes<8>{}, c), c += 8;
+    }
+    if constexpr (N >= 8) {
+      if (n - c >= 4) body(Lanes<4>{}, c), c += 4;
+    }
+    if constexpr (N >= 4) {
+      if (n - c >= 2) body(Lanes<2>{}, c), c += 2;
+    }
+    if (n - c >= 1) body(Lanes<1>{}, c);
+  }
+}
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct CountTo : CountTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct CountTo<0, I...> {
+  using type = Indices<I...>;
+};
+
+// One step of a transposition by blocks: swaps the upper right and lower left blocks of size D in the pair of rows.
+template <int D, class V, int... I>
+DCN_INLINE void swap_blocks(V& a, V& b, Indices<I...>) {
+  constexpr int n = sizeof...(I);
+  const V first = __builtin_shufflevector(a, b, ((I & D) ? n + I - D : I)...);
+  b = __builtin_shufflevector(a, b, ((I & D) ? n + I : I + D)...);
+  a = first;
+}
+
+template <int D, class V, int N>
+DCN_INLINE void transpose(V (&rows)[N]) {
+  if constexpr (D < N) {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i)
+      if (!(i & D)) swap_blocks<D>(rows[i], rows[i + D], typename CountTo<N>::type{});
+    transpose<2 * D>(rows);
+  }
+}
+
+// Adds the halves of every block of B lanes of a, then of b: blocks of B / 2 lanes, those of a first.
+template <int B, class V, int... I>
+DCN_INLINE V fold_pair(V a, V b, Indices<I...>) {
+  constexpr int n = sizeof...(I), half = B / 2;
+  static_assert(n % B == 0);
+  return __builtin_shufflevector(a, b, (I / half * B + I % half)...) +
+         __builtin_shufflevector(a, b, (I / half * B + I % half + half)...);
+}
+
+// Folds `count` vectors in place until one is left that holds a block of lanes for each.
+template <int B, int Count, class V>
+DCN_INLINE void fold(V* vectors) {
+  if constexpr (Count > 1) {
+    constexpr int lanes = sizeof(V) / sizeof(vectors[0][0]);
+    for (int i = 0; i < Count / 2; ++i)
+      vectors[i] = fold_pair<B>(vectors[2 * i], vectors[2 * i + 1], typename CountTo<lanes>::type{});
+    fold<B / 2, Count / 2>(vectors);
+  }
+}
+
+// Adds up the lanes within each of Count equal blocks.
+template <class T, int N, int Count, int... I>
+DCN_INLINE Vec<T, N / 2> halve_blocks(Vec<T, N> v, Indices<I...>) {
+  constexpr int block = N / Count, half = block / 2;
+  return __builtin_shufflevector(v, v, (I / half * block + I % half)...) +
+         __builtin_shufflevector(v, v, (I / half * block + I % half + half)...);
+}
+
+template <class T, int N, int Count>
+DCN_INLINE Vec<T, Count> sum_blocks(Vec<T, N> v) {
+  if constexpr (N == Count)
+    return v;
+  else
+    return sum_blocks<T, N / 2, Count>(halve_blocks<T, N, Count>(v, typename CountTo<N / 2>::type{}));
+}
+
+// The sum of the lanes of each of Count vectors, as one vector. Folding them together takes a third of the shuffles.
+template <class T, int N, int Count>
+DCN_INLINE Vec<T, Count> sums(Vec<T, N> (&vectors)[Count]) {
+  if constexpr (N >= Count) {
+    fold<N, Count>(vectors);
+    return sum_blocks<T, N, Count>(vectors[0]);
+  } else {
+    T lanes[Count][N], total[Count];
+    __builtin_memcpy(lanes, vectors, sizeof lanes);
+    for (int i = 0; i < Count; ++i) {
+      total[i] = lanes[i][0];
+      for (int lane = 1; lane < N; ++lane) total[i] += lanes[i][lane];
+    }
+    return load<Vec<T, Count>>(total);
+  }
+}
+
+}  // namespace dcn::DCN_ISA
