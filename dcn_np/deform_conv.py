@@ -88,9 +88,10 @@ ValueError
 MemoryError
     No memory for the result or for the working space.""",
     "rule": """
-where k counts within the offset group of channel c, and S(x, q) is the N-linear interpolation of x at the point q, with zeros outside. Points outside the image,
-infinite ones included, give exactly 0; a NaN in `offset` gives a NaN sample. On a CPU the result is the same,
-bit for bit, for any number of threads, memory alignment and batch; instruction sets round differently.""",
+where k counts within the offset group of channel c, and S(x, q) is the N-linear interpolation of x at the
+point q, with zeros outside. Points outside the image, infinite ones included, give exactly 0; a NaN in
+`offset` gives a NaN sample. On a CPU the result is the same, bit for bit, for any number of threads, memory
+alignment and batch; instruction sets round differently. See docs/semantics.md.""",
     "gradient_rule": """
 With c = sum over o of weight[o, c', k] * grad_output[n, o, p], the gradient of one sample::
 

@@ -239,10 +239,8 @@ def _integers(name: str, value: Any, depth: int) -> Any:
     """Return an int, or tuples of ints at most `depth` deep, all of exact type int."""
     if depth and isinstance(value, (tuple, list)):
         return tuple(
-            [
-                entry if type(entry) is int else _integers(f"{name}[{i}]", entry, depth - 1)
-                for i, entry in enumerate(value)
-            ]
+            entry if type(entry) is int else _integers(f"{name}[{i}]", entry, depth - 1)
+            for i, entry in enumerate(value)
         )
     if isinstance(value, numpy.ndarray) and 0 < value.ndim <= depth and value.dtype.kind in "iu":
         return _integers(name, value.tolist(), depth)

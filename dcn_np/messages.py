@@ -53,7 +53,8 @@ def extents(values: Shape) -> str:
 
 def per_axis(values: Sequence[Any]) -> str:
     """Write one value per axis as the caller would: once if they are equal."""
-    return str(values[0]) if len(set(values)) == 1 else str(tuple(values))
+    once = [value[0] if isinstance(value, tuple) and value[0] == value[1] else value for value in values]
+    return str(once[0]) if len(set(once)) == 1 else str(tuple(once))
 
 
 # ---- dtypes and axes
@@ -130,18 +131,18 @@ def wrong_channels(geometry: Geometry, name: str, channels: int, per_tap: int) -
 
 def _channels_hint(geometry: Geometry, name: str, channels: int, per_tap: int) -> str:
     ndim, each = geometry.ndim, geometry.taps * geometry.offset_groups
+    hint = ""
     if channels == each * (ndim + 1):
-        return (
+        hint += (
             f". {channels} = {ndim + 1}*{each} could be offsets and masks in one tensor: split it into "
             f"offset = t[:, :{ndim * each}] and mask = t[:, {ndim * each}:], the mask through a sigmoid"
         )
-    other = "mask" if name == "offset" else "offset"
-    if ndim > 1 and channels == each * (1 if name == "offset" else ndim):
-        return f". {channels} is what {other} needs; offset and mask may be swapped"
+    if channels == each * (1 if name == "offset" else ndim):
+        hint += f". {channels} is what {'mask' if name == 'offset' else 'offset'} needs; they may be swapped"
     groups, rest = divmod(channels, per_tap * geometry.taps)
     if groups and not rest and geometry.in_channels % groups == 0:
-        return f". {channels} channels fit offset_groups={groups}"
-    return ""
+        hint += f". {channels} channels fit offset_groups={groups}"
+    return hint
 
 
 # ---- extents

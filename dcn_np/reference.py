@@ -36,7 +36,7 @@ offset group of grad_columns[n, c, k, p] * x[n, c, cell + j]::
 
 At a kink of S this is the derivative from the right: the cell is [floor, floor + 1), also the cell that
 starts at -1. A sample outside has gradients of exactly 0. A sample with a NaN coordinate has grad_mask and
-grad_offset NaN on all its axes, and adds nothing to grad_x. A sum over no channels is 0.
+grad_offset NaN on all its axes (also if there are no channels to sample), and adds nothing to grad_x.
 
 References
 ----------
@@ -466,9 +466,8 @@ class _Problem:
         return columns.reshape(self.batch, self.offset_groups, self.plane_channels, self.taps, self.positions)
 
     def poison(self, samples: Array) -> Array:
-        """NaN for the samples with a NaN coordinate, if there is a channel to sample."""
-        nan = self.located[3] & (self.plane_channels > 0)
-        return np.where(nan, np.nan, samples)
+        """NaN for the samples with a NaN coordinate."""
+        return np.where(self.located[3], np.nan, samples)
 
     def spread(self, samples: Array) -> Array:
         """The same value for each axis of a sample: (batch, offset_groups, taps, ndim, positions)."""
@@ -502,7 +501,7 @@ def _contract_weight(problem: _Problem, grad_output: Array, columns: Array) -> A
 def _grad_mask(problem: _Problem, grad_output: Array, grad_columns: Array) -> Array:
     grad = np.zeros(problem.mask.shape, problem.dtype)
     for corner in problem.corners:
-        dots = np.sum(grad_columns * problem.read(problem.only_weighed(corner)), axis=2)
+        dots = np.sum(grad_columns * problem.read(corner.pixel), axis=2)
         grad += np.where(corner.weight == 0, 0, corner.weight * dots)
     return problem.poison(grad).reshape(problem.mask_shape)
 

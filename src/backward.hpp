@@ -58,7 +58,7 @@ struct BackwardPlan : Plan<T, NDim> {
 
     // Narrower blocks where there would be too few to share among threads; the choice fixes the order of sums, so it
     // depends on the shape alone.
-    block_channels = geometry.in_channels >= 8 * kVector ? 2 * kVector : kVector;
+    block_channels = geometry.in_channels >= 4 * kVector ? 2 * kVector : kVector;
     blocks = 0;
     for_each_block([&](const Block&) { ++blocks; });
 
@@ -385,60 +385,84 @@ class BackwardRun {
   }
 
   void combine_tap(int64_t slot, int64_t group, const Tile<NDim>& tile, const Tap<NDim>& tap, int64_t at) {
-    using L = LanesOf<T, kLocateLanes>;
     const Displacement<T, NDim> moved = this->moved(slot, group);
     const Displacement<T, NDim> gradients(arguments_.grad_offset, arguments_.grad_mask, plan_.taps,
                                           first_image_ + slot, group);
-    for (int64_t p = 0; p < tile.count; p += kLocateLanes) {
-      typename L::Real dots[kDotsEach];
-      sum_dots(slot, group, tap.index, at + p, tile.count - p, dots);
-      AxisSample<L> axes[NDim];
-      locate(geometry(), tile, tap, moved, p, axes);
-      const auto mask = moved.masks(tap.index, tile.first + p, tile.count - p);
-      const PositionGradients<L, NDim> gradient = position_gradients<L, NDim>(axes, mask, dots);
-      for (int axis = 0; axis < NDim; ++axis)
-        gradients.write_offsets(tap.index, axis, tile.first + p, tile.count - p, gradient.offset[axis]);
-      gradients.write_masks(tap.index, tile.first + p, tile.count - p, gradient.mask);
-    }
+    with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry(), x_of(slot)), [&](auto lanes) {
+      using L = decltype(lanes);
+      for (int64_t p = 0; p < tile.count; p += L::count) {
+        const int64_t position = tile.first + p, count = tile.count - p;
+        typename L::Real dots[kDotsEach];
+        sum_dots<L>(slot, group, tap.index, at + p, count, dots);
+        AxisSample<L> axes[NDim];
+        locate<L>(geometry(), tile, tap, moved, p, axes);
+        const auto mask = moved.template masks<L>(tap.index, position, count);
+        const PositionGradients<L, NDim> gradient = position_gradients<L, NDim>(axes, mask, dots);
+        for (int axis = 0; axis < NDim; ++axis)
+          gradients.template write_offsets<L>(tap.index, axis, position, count, gradient.offset[axis]);
+        gradients.template write_masks<L>(tap.index, position, count, gradient.mask);
+      }
+    });
   }
 
-  // The dots of kLocateLanes positions over all channels of an offset group: its blocks in their order.
-  void sum_dots(int64_t slot, int64_t group, int64_t tap, int64_t position, int64_t count,
-                Vec<T, kLocateLanes> (&dots)[kDotsEach]) {
-    T sums[kDotsEach][kLocateLanes] = {};
-    const int64_t positions = least(kLocateLanes, count);
+  // The dots of some positions over all channels of an offset group: its blocks in their order.
+  template <class L>
+  DCN_INLINE void sum_dots(int64_t slot, int64_t group, int64_t tap, int64_t position, int64_t count,
+                           typename L::Real (&dots)[kDotsEach]) {
+    using V = Vec<T, kDotsEach>;
+    V sums[L::count] = {};
+    const int64_t positions = least(L::count, count);
     for (int64_t index = 0; index < plan_.blocks; ++index) {
       if (buffers_.blocks[index].offset_group != group) continue;
       const T* block = dots_of(slot, index, tap, position);
-      for (int64_t i = 0; i < positions; ++i)
-        for (int j = 0; j < kDotsEach; ++j) sums[j][i] += block[i * kDotsEach + j];
+      for (int64_t i = 0; i < positions; ++i) sums[i] += load<V>(block + i * kDotsEach);
     }
-    for (int j = 0; j < kDotsEach; ++j) dots[j] = load<Vec<T, kLocateLanes>>(sums[j]);
+    T lanes[L::count][kDotsEach], transposed[kDotsEach][L::count];
+    __builtin_memcpy(lanes, sums, sizeof lanes);
+    for (int j = 0; j < kDotsEach; ++j)
+      for (int i = 0; i < L::count; ++i) transposed[j][i] = lanes[i][j];
+    for (int j = 0; j < kDotsEach; ++j) dots[j] = load<typename L::Real>(transposed[j]);
   }
 
   // ---- grad_weight, grad_bias
 
   bool weights() {
-    const int64_t taps = plan_.taps, per_image = plan_.grads_at_weight ? plan_.blocks * taps : 0;
+    // An item takes several chunks of taps, which find the same pixels in the cache, unless threads would stay idle.
+    int64_t most_chunks = 0;
+    for (int64_t i = 0; i < plan_.blocks; ++i) {
+      const int64_t chunks = weight_chunks(buffers_.blocks[i]);
+      if (chunks > most_chunks) most_chunks = chunks;
+    }
+    const int64_t fair = ceil_div(3 * plan_.threads, plan_.blocks > 0 ? plan_.blocks : 1);
+    const int64_t parts = least(fair, most_chunks);
+    const int64_t items = plan_.grads_at_weight ? plan_.blocks * parts : 0;
     constexpr int64_t kBiases = 64;
     const int64_t biases = arguments_.grad_bias ? ceil_div(geometry().out_channels, kBiases) : 0;
-    return team_.run(per_image + biases, [&](int64_t item, int thread) {
-      if (item >= per_image) {
-        const int64_t first = (item - per_image) * kBiases;
+    return team_.run(items + biases, [&](int64_t item, int thread) {
+      if (item >= items) {
+        const int64_t first = (item - items) * kBiases;
         return sum_bias(first, least(kBiases, geometry().out_channels - first));
       }
-      const PackedBlock& block = buffers_.blocks[item / taps];
-      const int64_t chunk_taps = plan_.depthwise ? 1 : plan_.chunk_taps(block), tap = item % taps;
-      if (tap % chunk_taps) return;  // the chunk belongs to the item of its first tap
-      for (int64_t slot = 0; slot < images_; ++slot)
-        for (int64_t first = 0; first < plan_.positions && team_.keep_going(thread); first += kPiece) {
+      const PackedBlock& block = buffers_.blocks[item / parts];
+      const int64_t chunks = weight_chunks(block), part = item % parts;
+      weigh(block, chunks * part / parts, chunks * (part + 1) / parts, thread);
+    });
+  }
+
+  // Chunks of taps that are summed on their own; a depthwise block has no matrices, and a chunk is a tap.
+  int64_t weight_chunks(const Block& block) const { return plan_.depthwise ? plan_.taps : plan_.chunks(block); }
+
+  void weigh(const PackedBlock& block, int64_t first_chunk, int64_t last_chunk, int thread) {
+    for (int64_t slot = 0; slot < images_; ++slot)
+      for (int64_t first = 0; first < plan_.positions; first += kPiece)
+        for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+          if (!team_.keep_going(thread)) return;
           const int64_t count = least(kPiece, plan_.positions - first);
           if (plan_.depthwise)
-            weigh_piece_per_channel(slot, block, tap, first, count, buffers_.thread[thread]);
+            weigh_piece_per_channel(slot, block, chunk, first, count, buffers_.thread[thread]);
           else
-            weigh_piece(slot, block, tap / chunk_taps, first, count, buffers_.thread[thread]);
+            weigh_piece(slot, block, chunk, first, count, buffers_.thread[thread]);
         }
-    });
   }
 
   // Gathers `taps` taps of a block for a piece of positions, a tile at a time: body(tile, first position, tap).

@@ -13,10 +13,12 @@ namespace dcn::DCN_ISA {
 
 constexpr int kTilePositions = 96;  // the most positions in one tile
 constexpr int kGatherPositions = 64;  // the same for the columns of grad_weight: divides a piece of the sum
-constexpr int kLocateLanes = kVectorBytes >= 64 ? 8 : 4;
 
 template <int NDim>
 constexpr int kCorners = 1 << NDim;
+
+constexpr int kMostLanes = NarrowLanes::count > WideLanes<float>::count ? NarrowLanes::count : WideLanes<float>::count;
+static_assert(kTilePositions % kMostLanes == 0);
 
 // A run of positions of one image, in the flat order of the output.
 template <int NDim>
@@ -35,7 +37,7 @@ struct Tile {
         origin[axis][p] = at[axis] * geometry.stride[axis] - geometry.padding[axis];
       for (int axis = NDim - 1; axis >= 0 && ++at[axis] == geometry.output[axis] && axis > 0; --axis) at[axis] = 0;
     }
-    for (int64_t p = count; p < kTilePositions && p % kLocateLanes; ++p)
+    for (int64_t p = count; p < kTilePositions && p % kMostLanes; ++p)
       for (int axis = 0; axis < NDim; ++axis) origin[axis][p] = 0;
   }
 };
@@ -64,36 +66,55 @@ struct Displacement {
     if (offset.data) this->offset.data += image * offset.batch + group * taps * NDim * offset.channel;
     if (mask.data) this->mask.data += image * mask.batch + group * taps * mask.channel;
   }
-  using Reals = Vec<T, kLocateLanes>;
 
-  Reals offsets(int64_t tap, int axis, int64_t position, int64_t count) const {
-    return read(offset, tap * NDim + axis, position, count, Reals{});
+  // Values of L::count positions, of which the first `count` exist; the others read as `missing` or 0.
+  template <class L>
+  typename L::Real offsets(int64_t tap, int axis, int64_t position, int64_t count) const {
+    return read<L>(offset, tap * NDim + axis, position, count, L::real(0));
   }
-  Reals masks(int64_t tap, int64_t position, int64_t count) const {
-    return read(mask, tap, position, count, broadcast<Reals>(T(1)));
+  template <class L>
+  typename L::Real masks(int64_t tap, int64_t position, int64_t count) const {
+    return read<L>(mask, tap, position, count, L::real(1));
   }
-  void write_offsets(int64_t tap, int axis, int64_t position, int64_t count, Reals values) const {
-    write(offset, tap * NDim + axis, position, count, values);
+  // The planes of different taps lie far apart, too many streams for the processor to foresee.
+  void prefetch(int64_t tap, int64_t position, int64_t count) const {
+    for (int axis = 0; axis < NDim; ++axis) prefetch(offset, tap * NDim + axis, position, count);
+    prefetch(mask, tap, position, count);
   }
-  void write_masks(int64_t tap, int64_t position, int64_t count, Reals values) const {
-    write(mask, tap, position, count, values);
+  template <class L>
+  void write_offsets(int64_t tap, int axis, int64_t position, int64_t count, typename L::Real values) const {
+    write<L>(offset, tap * NDim + axis, position, count, values);
+  }
+  template <class L>
+  void write_masks(int64_t tap, int64_t position, int64_t count, typename L::Real values) const {
+    write<L>(mask, tap, position, count, values);
   }
 
  private:
-  static Reals read(const Planes& planes, int64_t channel, int64_t position, int64_t count, Reals missing) {
+  static void prefetch(const Planes& planes, int64_t channel, int64_t position, int64_t count) {
+    if (!planes.data || planes.position != sizeof(T)) return;
+    const char* from = planes.data + channel * planes.channel + position * planes.position;
+    for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(from + byte);
+  }
+  template <class L>
+  static DCN_INLINE typename L::Real read(const Planes& planes, int64_t channel, int64_t position, int64_t count,
+                                          typename L::Real missing) {
     if (!planes.data) return missing;
     const char* from = planes.data + channel * planes.channel + position * planes.position;
-    if (planes.position == sizeof(T) && count >= kLocateLanes) return load<Reals>(reinterpret_cast<const T*>(from));
-    T values[kLocateLanes] = {};
-    for (int64_t i = 0; i < count && i < kLocateLanes; ++i)
+    if (planes.position == sizeof(T) && count >= L::count)
+      return load<typename L::Real>(reinterpret_cast<const T*>(from));
+    T values[L::count] = {};
+    for (int64_t i = 0; i < count && i < L::count; ++i)
       values[i] = *reinterpret_cast<const T*>(from + i * planes.position);
-    return load<Reals>(values);
+    return load<typename L::Real>(values);
   }
-  static void write(const Planes& planes, int64_t channel, int64_t position, int64_t count, Reals values) {
+  template <class L>
+  static DCN_INLINE void write(const Planes& planes, int64_t channel, int64_t position, int64_t count,
+                               typename L::Real values) {
     if (!planes.data) return;
     char* to = planes.data + channel * planes.channel + position * planes.position;
-    if (planes.position == sizeof(T) && count >= kLocateLanes) return store(reinterpret_cast<T*>(to), values);
-    for (int64_t i = 0; i < count && i < kLocateLanes; ++i) *reinterpret_cast<T*>(to + i * planes.position) = values[i];
+    if (planes.position == sizeof(T) && count >= L::count) return store(reinterpret_cast<T*>(to), values);
+    for (int64_t i = 0; i < count && i < L::count; ++i) *reinterpret_cast<T*>(to + i * planes.position) = values[i];
   }
 };
 
@@ -111,27 +132,32 @@ struct Samples {
   T weight[kCorners<NDim>][kTilePositions];
 };
 
-// The axes of kLocateLanes positions of a tile, from `p` on.
-template <class T, int NDim>
+// The axes of L::count positions of a tile, from `p` on.
+template <class L, class T, int NDim>
 DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
-                       const Displacement<T, NDim>& moved, int64_t p,
-                       AxisSample<LanesOf<T, kLocateLanes>> (&axes)[NDim]) {
-  using L = LanesOf<T, kLocateLanes>;
+                       const Displacement<T, NDim>& moved, int64_t p, AxisSample<L> (&axes)[NDim]) {
   for (int axis = 0; axis < NDim; ++axis) {
-    const auto base = load<typename L::Int64>(&tile.origin[axis][p]) + L::int64(tap.reach[axis]);
-    const auto offset = moved.offsets(tap.index, axis, tile.first + p, tile.count - p);
+    const auto origin = load<Vec<int64_t, L::count>>(&tile.origin[axis][p]);
+    const auto base = convert<typename L::Index>(origin) + L::index(tap.reach[axis]);
+    const auto offset = moved.template offsets<L>(tap.index, axis, tile.first + p, tile.count - p);
     axes[axis] = locate_axis<L>(offset, base, geometry.input[axis]);
   }
 }
 
-// Addresses of a corner's pixels; where `readable` is false that of `nothing`.
+// Writes the address of a corner's pixel for each position; where it is not `readable` that of `nothing`.
 template <class L, int NDim>
-DCN_INLINE typename L::Int64 corner_address(const AxisSample<L> (&axes)[NDim], int corner, const Pixels<NDim>& pixels,
-                                            typename L::Mask readable, const void* nothing) {
-  auto address = L::int64(reinterpret_cast<int64_t>(pixels.data));
-  for (int axis = 0; axis < NDim; ++axis)
-    address += (axes[axis].cell + L::int64(corner_bit<NDim>(corner, axis))) * L::int64(pixels.axis[axis]);
-  return L::select(readable, address, L::int64(reinterpret_cast<int64_t>(nothing)));
+DCN_INLINE void store_addresses(const AxisSample<L> (&axes)[NDim], int corner, const Pixels<NDim>& pixels,
+                                typename L::Mask readable, const void* nothing, int64_t* to) {
+  using Addresses = Vec<int64_t, L::count>;
+  typename L::Index distance = {};
+  for (int axis = 0; axis < NDim; ++axis) {
+    distance += axes[axis].cell * L::index(pixels.axis[axis]);
+    if (corner_bit<NDim>(corner, axis)) distance += L::index(pixels.axis[axis]);
+  }
+  // Arithmetic instead of a selection: compilers take selections of vectors wider than a register apart.
+  const int64_t from = reinterpret_cast<int64_t>(nothing), to_pixels = reinterpret_cast<int64_t>(pixels.data) - from;
+  const Addresses chosen = (convert<Addresses>(distance) + (to_pixels - Addresses{})) & convert<Addresses>(readable);
+  store(to, chosen + (from - Addresses{}));
 }
 
 // Corner weights with the mask folded in. A corner whose interpolation weight is exactly 0 keeps exactly 0 whatever
@@ -146,24 +172,52 @@ DCN_INLINE typename L::Real masked_weight(const AxisSample<L> (&axes)[NDim], int
   return L::select(nan, L::real(__builtin_nan("")), folded);
 }
 
+// Whether 32-bit indices reach every pixel of an image and hold every position on its rigid grid.
+template <class T, int NDim>
+bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels) {
+  constexpr double kMost = 536870912.0;  // 2^29
+  if (sizeof(T) != sizeof(float)) return false;
+  double span = 0;
+  for (int axis = 0; axis < NDim; ++axis) {
+    const double base = static_cast<double>(geometry.output[axis]) * static_cast<double>(geometry.stride[axis]) +
+                        static_cast<double>(geometry.kernel[axis]) * static_cast<double>(geometry.dilation[axis]) +
+                        static_cast<double>(geometry.padding[axis]);
+    const double step = static_cast<double>(pixels.axis[axis]);
+    span += (static_cast<double>(geometry.input[axis]) + 2) * (step < 0 ? -step : step);
+    if (base >= kMost || static_cast<double>(geometry.input[axis]) >= kMost) return false;
+  }
+  return span < 2 * kMost;
+}
+
+// Calls body(lanes) with the lanes to locate with.
+template <class T, class Body>
+DCN_INLINE void with_lanes(bool narrow, const Body& body) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (narrow) return body(NarrowLanes{});
+  }
+  body(WideLanes<T>{});
+}
+
 // Corners to be read with their weights, for every position of the tile: all that a sample's value needs.
 template <class T, int NDim>
 void locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
                    const Displacement<T, NDim>& moved, const Pixels<NDim>& pixels, const void* zeros,
                    Samples<T, NDim>& samples) {
-  using L = LanesOf<T, kLocateLanes>;
-  for (int64_t p = 0; p < tile.count; p += kLocateLanes) {
-    AxisSample<L> axes[NDim];
-    locate(geometry, tile, tap, moved, p, axes);
-    const auto nan = any_nan<L, NDim>(axes);
-    const auto mask = moved.masks(tap.index, tile.first + p, tile.count - p);
+  with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry, pixels), [&](auto lanes) {
+    using L = decltype(lanes);
+    for (int64_t p = 0; p < tile.count; p += L::count) {
+      AxisSample<L> axes[NDim];
+      locate<L>(geometry, tile, tap, moved, p, axes);
+      const auto nan = any_nan<L, NDim>(axes);
+      const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
 #pragma GCC unroll 8
-    for (int corner = 0; corner < kCorners<NDim>; ++corner) {
-      typename L::Mask used;
-      store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, nan, used));
-      store(&samples.address[corner][p], corner_address<L, NDim>(axes, corner, pixels, used, zeros));
+      for (int corner = 0; corner < kCorners<NDim>; ++corner) {
+        typename L::Mask used;
+        store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, nan, used));
+        store_addresses<L, NDim>(axes, corner, pixels, used, zeros, &samples.address[corner][p]);
+      }
     }
-  }
+  });
 }
 
 // Calls body(Lanes, position, channel, sample) for every vector of channels of every position of the tile.
@@ -211,22 +265,24 @@ template <class T, int NDim>
 void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
                     const Displacement<T, NDim>& moved, const Pixels<NDim>& x, const void* zeros,
                     const Pixels<NDim>& grad_x, const void* nowhere, BackwardSamples<T, NDim>& samples) {
-  using L = LanesOf<T, kLocateLanes>;
-  for (int64_t p = 0; p < tile.count; p += kLocateLanes) {
-    AxisSample<L> axes[NDim];
-    locate(geometry, tile, tap, moved, p, axes);
-    const auto nan = any_nan<L, NDim>(axes);
-    const auto mask = moved.masks(tap.index, tile.first + p, tile.count - p);
+  const bool narrow = fits_narrow_lanes<T, NDim>(geometry, x) && fits_narrow_lanes<T, NDim>(geometry, grad_x);
+  with_lanes<T>(narrow, [&](auto lanes) {
+    using L = decltype(lanes);
+    for (int64_t p = 0; p < tile.count; p += L::count) {
+      AxisSample<L> axes[NDim];
+      locate<L>(geometry, tile, tap, moved, p, axes);
+      const auto nan = any_nan<L, NDim>(axes);
+      const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
 #pragma GCC unroll 8
-    for (int corner = 0; corner < kCorners<NDim>; ++corner) {
-      typename L::Mask used;
-      const auto weight = masked_weight<L, NDim>(axes, corner, mask, nan, used);
-      const auto readable = corner_inside<L, NDim>(axes, corner) & ~L::widen(nan);
-      store(&samples.weight[corner][p], weight);
-      store(&samples.read[corner][p], corner_address<L, NDim>(axes, corner, x, readable, zeros));
-      store(&samples.scatter[corner][p], corner_address<L, NDim>(axes, corner, grad_x, used, nowhere));
+      for (int corner = 0; corner < kCorners<NDim>; ++corner) {
+        typename L::Mask used;
+        store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, nan, used));
+        const auto readable = corner_inside<L, NDim>(axes, corner) & ~L::widen(nan);
+        store_addresses<L, NDim>(axes, corner, x, readable, zeros, &samples.read[corner][p]);
+        store_addresses<L, NDim>(axes, corner, grad_x, used, nowhere, &samples.scatter[corner][p]);
+      }
     }
-  }
+  });
 }
 
 // For every position: dots[corner] = <grad_columns, corner of x> and grad_x[corner] += weight * grad_columns, in one

@@ -166,9 +166,16 @@ class ForwardRun {
   template <class Body>
   void for_each_offset_group(int64_t image, const Tile<NDim>& tile, const Tap<NDim>& tap, Pixels<NDim> pixels,
                              Samples<T, NDim>& samples, const Body& body) {
-    const int64_t channels = plan_.offset_group_channels;
-    for (int64_t group = 0; group < geometry().offset_groups; ++group) {
-      const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, plan_.taps, image, group);
+    const int64_t channels = plan_.offset_group_channels, groups = geometry().offset_groups;
+    const auto moved_of = [&](int64_t group) {
+      return Displacement<T, NDim>(arguments_.offset, arguments_.mask, plan_.taps, image, group);
+    };
+    for (int64_t group = 0; group < groups; ++group) {
+      const Displacement<T, NDim> moved = moved_of(group);
+      if (group + 1 < groups)
+        moved_of(group + 1).prefetch(tap.index, tile.first, tile.count);
+      else if (tap.index + 1 < plan_.taps)
+        moved_of(0).prefetch(tap.index + 1, tile.first, tile.count);
       Pixels<NDim> mine = pixels;
       mine.data += group * channels * sizeof(T);
       locate_values(geometry(), tile, tap, moved, mine, buffers_.zeros, samples);

@@ -59,27 +59,34 @@ DCN_INLINE To convert(From value) {
   return __builtin_convertvector(value, To);
 }
 
-// The number types of sampling.hpp for N positions at once. Comparing reals gives masks as wide as the reals,
-// comparing indices masks of 64 bits: widen and narrow go between the two.
-template <class T, int N>
+// The number types of sampling.hpp for N positions at once. Comparing reals gives masks as wide as the reals, comparing
+// indices masks as wide as the indices: widen and narrow go between the two.
+template <class T, class I, int N>
 struct LanesOf {
+  static constexpr int count = N;
+  using Element = T;
   using Real = Vec<T, N>;
-  using Int32 = Vec<int32_t, N>;
-  using Int64 = Vec<int64_t, N>;
-  using Mask = Int64;
+  using Index = Vec<I, N>;
+  using Mask = Index;
   using RealMask = decltype(Real{} < Real{});
+  // With 32 bits, images and bases stay below 2^29: then base + floor cannot leave 31 bits.
+  static constexpr double kLimit = sizeof(I) == 4 ? 1073741824.0 : 2147483648.0;
   static DCN_INLINE Real real(double value) { return broadcast<Real>(static_cast<T>(value)); }
-  static DCN_INLINE Int64 int64(int64_t value) { return value - Int64{}; }
-  static DCN_INLINE Int32 int32_of(Real value) { return convert<Int32>(value); }  // towards zero
-  static DCN_INLINE Int64 int64_of(Int32 value) { return convert<Int64>(value); }
-  static DCN_INLINE Real real_of(Int32 value) { return convert<Real>(value); }
+  static DCN_INLINE Index index(int64_t value) { return static_cast<I>(value) - Index{}; }
+  static DCN_INLINE Real truncate(Real value) { return convert<Real>(convert<Vec<int32_t, N>>(value)); }
+  static DCN_INLINE Index index_of(Real value) { return convert<Index>(convert<Vec<int32_t, N>>(value)); }
+  static DCN_INLINE Mask widen(RealMask mask) { return convert<Mask>(mask); }
+  static DCN_INLINE RealMask narrow(Mask mask) { return convert<RealMask>(mask); }
   template <class M, class V>
   static DCN_INLINE V select(M mask, V yes, V no) {
     return mask ? yes : no;
   }
-  static DCN_INLINE Mask widen(RealMask mask) { return convert<Mask>(mask); }
-  static DCN_INLINE RealMask narrow(Mask mask) { return convert<RealMask>(mask); }
 };
+
+// 32-bit indices let twice as many float positions go at once.
+template <class T>
+using WideLanes = LanesOf<T, int64_t, (kVectorBytes >= 64 ? 8 : 4)>;
+using NarrowLanes = LanesOf<float, int32_t, kLanes<float>>;
 
 template <int N>
 struct Lanes {

@@ -81,10 +81,9 @@ def _line(case: Case, baseline: Sequence[float]) -> str:
     if case.refused:
         return f"{start}  refused: {case.refused}"
     median = statistics.median(case.seconds)
-    spread = max(case.seconds) / min(case.seconds)
     rate = 2e-9 * case.problem.multiplications * (3 if case.passes == "both" else 1) / median
     ratio = in_round_ratio(case.seconds, baseline)
-    text = f"{start}{median * 1e3:12.3f}{spread:8.2f}{rate:9.1f}"
+    text = f"{start}{median * 1e3:12.3f}{case.spread:8.2f}{rate:9.1f}"
     return text + (f"{'-':>12}" if math.isnan(ratio) else f"{ratio:12.3f}") + f"{case.residual:10.1e}"
 
 

@@ -91,7 +91,9 @@ class Demo:
             self.check_reference,
             self.check_scipy,
             self.check_adjoint,
-            self.draw,
+            self.draw_sampling_points,
+            self.draw_responses,
+            self.draw_gradient,
         ]
         with tqdm.tqdm(steps, desc="demo", unit="step", delay=2, leave=False, disable=None) as bar:
             for step in bar:
@@ -244,28 +246,36 @@ class Demo:
             self.say(f"    {verdict:<6} {comparison.name:<12} {comparison.roundings:.3g}")
         self.comparisons += comparisons
 
-    def draw(self) -> None:
-        """Write the pictures, unless they would show what is known to be wrong."""
+    def draw_sampling_points(self) -> None:
+        """Draw where the convolution looks."""
+        self.say("\nPictures")
+        self.save("sampling_points.png", lambda pictures: pictures.sampling_points(self.problem))
+
+    def draw_responses(self) -> None:
+        """Draw what it answers."""
+        self.save("responses.png", lambda pictures: pictures.responses(self.problem, self.y))
+
+    def draw_gradient(self) -> None:
+        """Draw the gradients of one output: those by a grad_output that is 1 there and 0 elsewhere."""
+
+        def gradient(pictures: Any) -> Any:
+            place = pictures.strongest_edge(self.y)
+            grad_output = numpy.zeros_like(self.y)
+            grad_output[(0, *place)] = 1
+            return pictures.gradient(self.problem, self.gradients_of(grad_output), *place)
+
+        self.save("gradient.png", gradient)
+
+    def save(self, name: str, draw: Callable[[Any], Any]) -> None:
+        """Draw and write a picture, unless it would show what is known to be wrong."""
         if not all(comparison.passed for comparison in self.comparisons):
-            self.say("\nNo pictures, because a check failed.")
+            self.say(f"  {name}: not drawn, because a check failed")
             return
         from dcn_np.commands import demo_pictures
 
         self.output.mkdir(parents=True, exist_ok=True)
-        self.say("\nPictures")
-        filter_index, row, column = demo_pictures.strongest_edge(self.y)
-        one = numpy.zeros_like(self.y)
-        one[0, filter_index, row, column] = 1
-        for name, figure in (
-            ("sampling_points.png", demo_pictures.sampling_points(self.problem)),
-            ("responses.png", demo_pictures.responses(self.problem, self.y)),
-            (
-                "gradient.png",
-                demo_pictures.gradient(self.problem, self.gradients_of(one), filter_index, row, column),
-            ),
-        ):
-            figure.savefig(self.output / name)
-            self.say(f"  {self.output / name}")
+        draw(demo_pictures).savefig(self.output / name)
+        self.say(f"  {self.output / name}")
 
     def verdict(self) -> int:
         """Say whether all checks passed and return the exit status."""

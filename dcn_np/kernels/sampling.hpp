@@ -4,7 +4,7 @@
 // ::Mask), vectors on a CPU and scalars on a GPU, with Lanes::select(), convert(), widen() and narrow() beside them.
 //
 // The rule (docs/semantics.md): linear interpolation with zeros outside; support is the open box (-1, extent).
-// The integer part of a coordinate is an int64 and the fraction comes from the offset alone, so the error of a
+// The integer part of a coordinate is an integer and the fraction comes from the offset alone, so the error of a
 // sample does not grow with the size of the image. The cell is [floor, floor + 1): derivatives are from the right.
 #pragma once
 
@@ -14,7 +14,7 @@ namespace DCN_NAMESPACE {
 
 template <class Lanes>
 struct AxisSample {
-  typename Lanes::Int64 cell;       // the lower neighbour, 0 where the coordinate is outside
+  typename Lanes::Index cell;       // the lower neighbour, 0 where the coordinate is outside
   typename Lanes::Real weight[2];   // of the lower and the upper neighbour, 0 where that lies outside the image
   typename Lanes::Mask inside[2];   // whether each neighbour lies in the image, for a coordinate inside the support
   typename Lanes::RealMask is_nan;
@@ -22,16 +22,16 @@ struct AxisSample {
 
 // base: the tap's position on the rigid grid. No value of `offset` can make `cell` leave [-1, extent).
 template <class Lanes>
-DCN_INLINE AxisSample<Lanes> locate_axis(typename Lanes::Real offset, typename Lanes::Int64 base, int64_t extent) {
+DCN_INLINE AxisSample<Lanes> locate_axis(typename Lanes::Real offset, typename Lanes::Index base, int64_t extent) {
   using Real = typename Lanes::Real;
-  using Int64 = typename Lanes::Int64;
+  using Index = typename Lanes::Index;
   const Real zero = {};
-  const Real limit = Lanes::real(2147483648.0);
+  const Real limit = Lanes::real(Lanes::kLimit);
 
-  // Refused in floating point, before any conversion: NaN, infinities and what no int32 holds.
+  // Refused in floating point, before any conversion: NaN, infinities and what is too large to convert.
   auto in_range = (offset > -limit) & (offset < limit);
   const Real safe = Lanes::select(in_range, offset, zero);
-  const Real truncated = Lanes::real_of(Lanes::int32_of(safe));
+  const Real truncated = Lanes::truncate(safe);
   Real floor = Lanes::select(truncated > safe, truncated - Lanes::real(1), truncated);
   in_range = in_range & (floor > -limit);
   Real fraction = safe - floor;
@@ -40,11 +40,11 @@ DCN_INLINE AxisSample<Lanes> locate_axis(typename Lanes::Real offset, typename L
   floor = Lanes::select(carry, floor + Lanes::real(1), floor);
 
   AxisSample<Lanes> sample;
-  const Int64 cell = base + Lanes::int64_of(Lanes::int32_of(floor));
-  const auto inside = (cell >= Lanes::int64(-1)) & (cell < Lanes::int64(extent)) & Lanes::widen(in_range);
-  sample.cell = Lanes::select(inside, cell, Int64{});
-  sample.inside[0] = inside & (cell >= Lanes::int64(0));
-  sample.inside[1] = inside & (cell < Lanes::int64(extent - 1));
+  const Index cell = base + Lanes::index_of(floor);
+  const auto inside = (cell >= Lanes::index(-1)) & (cell < Lanes::index(extent)) & Lanes::widen(in_range);
+  sample.cell = Lanes::select(inside, cell, Index{});
+  sample.inside[0] = inside & (cell >= Lanes::index(0));
+  sample.inside[1] = inside & (cell < Lanes::index(extent - 1));
   sample.weight[0] = Lanes::select(Lanes::narrow(sample.inside[0]), Lanes::real(1) - fraction, zero);
   sample.weight[1] = Lanes::select(Lanes::narrow(sample.inside[1]), fraction, zero);
   sample.is_nan = offset != offset;

@@ -1,0 +1,58 @@
+# Every command sets up what it needs in .venv: Python 3.11 or newer, a C++ compiler and make are enough.
+
+VENV = .venv
+BIN = $(VENV)/bin
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+SOURCES = setup.py pyproject.toml $(wildcard src/*.?pp src/isa/*.cpp dcn_np/kernels/*.hpp dcn_np/cpu/*.pyx)
+TESTS =
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# Nothing from outside may shadow what is tested.
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: demo test build lint types bench wheel sdist sanitize clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/ready
+	$(BIN)/python -m dcn_np demo
+
+test: $(VENV)/ready
+	$(PYTEST) $(TESTS)
+
+# The extension alone, compiling what changed.
+build: $(VENV)/ready-dev
+	$(BIN)/python setup.py build_ext --inplace
+
+lint: $(VENV)/ready-dev
+	tools/lint.sh $(BIN)
+
+types: $(VENV)/ready-dev
+	$(BIN)/mypy
+
+bench: $(VENV)/ready-bench
+	$(BIN)/python -m dcn_np bench
+
+wheel: $(VENV)/ready-dev
+	$(BIN)/python tools/check_distribution.py wheel
+
+sdist: $(VENV)/ready-dev
+	$(BIN)/python tools/check_distribution.py sdist
+
+sanitize: $(VENV)/ready-dev
+	tools/sanitize.sh $(BIN)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info dcn_np/cpu/*.so
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ready: EXTRAS = demo,test
+$(VENV)/ready-dev: EXTRAS = dev
+$(VENV)/ready-bench: EXTRAS = bench
+$(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-bench: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch $@

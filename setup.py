@@ -1,0 +1,134 @@
+"""Build the extension: one static library per instruction set, linked into one stable-ABI module.
+
+The rest is in pyproject.toml. The variable ``DCN_NP_SANITIZE=address,undefined`` builds with sanitizers.
+"""
+
+import os
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+
+from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
+from setuptools.command.build_ext import build_ext
+
+# The instruction sets of each machine, weakest first: src/isa/<name>.cpp is compiled with these flags.
+# Adding one is a line here, a file there, and its name in src/dispatch.cpp.
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "baseline": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": [
+            *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+            *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+        ],
+    },
+}
+BASELINE_ONLY: dict[str, list[str]] = {"baseline": []}
+
+# Never -ffast-math or -Ofast: they delete the NaN tests that keep reads inside the arrays, and the linker
+# then adds start-up code that flushes denormals in the whole process.
+COMMON_FLAGS = [
+    *("-std=c++17", "-fPIC", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+]
+RELEASE_FLAGS = ["-O3", "-g0"]
+OPENMP = "-fopenmp"
+INCLUDE_DIRS = ["src", "dcn_np/kernels"]
+LIMITED_API = "0x030B0000"  # CPython 3.11, the first whose stable ABI has the buffer protocol
+# One folder per kind of build, whatever the command, so that `pip install` recompiles only what changed.
+SANITIZERS = os.environ.get("DCN_NP_SANITIZE", "")
+OBJECTS = "-".join(["build/objects", sysconfig.get_platform(), *SANITIZERS.split(",")]).rstrip("-")
+
+
+def machine():
+    """Name the machine built for; unlike ``platform.machine()`` this is right in a cross build too."""
+    return sysconfig.get_platform().rpartition("-")[2]
+
+
+def instruction_sets():
+    """Map each instruction set of this machine to its compiler flags."""
+    return INSTRUCTION_SETS.get(machine(), BASELINE_ONLY)
+
+
+def sanitizer_flags(sanitizers):
+    """Turn ``"address,undefined"`` into flags; float-cast-overflow is no part of ``undefined``."""
+    if "undefined" in sanitizers.split(","):
+        sanitizers += ",float-cast-overflow,float-divide-by-zero"
+    return [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+
+
+def build_flags():
+    """List the flags of every C++ file and those of the link."""
+    if not SANITIZERS:
+        return COMMON_FLAGS + RELEASE_FLAGS, ["-Wl,--strip-debug"]
+    flags = sanitizer_flags(SANITIZERS)
+    return [*COMMON_FLAGS, "-O1", "-g", "-fno-omit-frame-pointer", "-DDCN_DEBUG", *flags], flags
+
+
+def libraries(flags):
+    """Describe one static library per instruction set, rebuilt when a header changes."""
+    headers = sorted(glob("src/*.hpp") + glob("dcn_np/kernels/*.hpp"))
+    return [
+        (f"dcn_np_{name}", {
+            "sources": [f"src/isa/{name}.cpp"],
+            "obj_deps": {"": [*headers, "setup.py"]},
+            "include_dirs": INCLUDE_DIRS,
+            "cflags": flags + isa_flags,
+        })
+        for name, isa_flags in instruction_sets().items()
+    ]  # fmt: skip
+
+
+def extension(flags, link_flags):
+    """Describe the one extension module; it relinks when anything in the libraries changed."""
+    from Cython.Build import cythonize
+
+    native = Extension(
+        "dcn_np.cpu._native",
+        ["dcn_np/cpu/_native.pyx", "src/dispatch.cpp", "src/parallel.cpp"],
+        language="c++",
+        include_dirs=INCLUDE_DIRS,
+        define_macros=[("Py_LIMITED_API", LIMITED_API)],
+        extra_compile_args=[*flags, OPENMP],
+        extra_link_args=[*link_flags, OPENMP],
+        py_limited_api=True,
+    )
+    (native,) = cythonize([native], build_dir="build/cython", language_level=3)
+    # Afterwards, because cythonize would copy what an extension depends on into its build_dir.
+    native.depends = ["setup.py", *glob("src/**/*.?pp", recursive=True), *glob("dcn_np/kernels/*.hpp")]
+    return [native]
+
+
+class BuildExtension(build_ext):
+    """Build the libraries first, also when this command is run alone."""
+
+    def finalize_options(self):
+        self.build_temp = OBJECTS
+        super().finalize_options()
+
+    def run(self):
+        self.run_command("build_clib")
+        super().run()
+
+
+class BuildLibraries(build_clib):
+    """Compile the instruction sets side by side: each is one large translation unit."""
+
+    def finalize_options(self):
+        self.build_clib = self.build_temp = OBJECTS
+        super().finalize_options()
+
+    def build_libraries(self, libraries):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda library: super(BuildLibraries, self).build_libraries([library]), libraries))
+
+
+if __name__ == "__main__":
+    compile_flags, link_flags = build_flags()
+    setup(
+        libraries=libraries(compile_flags),
+        ext_modules=extension(compile_flags, link_flags),
+        cmdclass={"build_clib": BuildLibraries, "build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    )

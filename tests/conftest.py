@@ -1,0 +1,26 @@
+"""What every test file shares: hypothesis profiles, and the instruction sets of this machine."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import dcn_np
+
+# The isa fixture stays as it is through all examples of a test, so its scope is no problem.
+settings.register_profile(
+    "default",
+    deadline=None,
+    derandomize=True,
+    max_examples=100,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile("quick", settings.get_profile("default"), max_examples=20)
+settings.register_profile("explore", settings.get_profile("default"), derandomize=False, max_examples=5000)
+settings.load_profile("default")
+
+
+@pytest.fixture(params=dcn_np.available_isas())
+def isa(request):
+    """Run the test once on each instruction set that this machine has."""
+    with dcn_np.use_isa(request.param):
+        yield request.param

@@ -1,0 +1,107 @@
+"""How large are the errors of rounding, in units of u * D, and do they stay within what the project allows?
+
+u is the unit roundoff of the dtype and D, from `reference.error_scales`, the sum of the sizes of a result's terms. A
+figure in these units does not depend on the size of the image, nor on that of the values. The truth is the reference
+in the next wider dtype. benchmarks/accuracy.py prints the figures as a table.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from problems import DTYPES, Problem, error_in_units, random_problem
+
+import dcn_np
+
+MOST_UNITS = {"y": 8, "x": 16, "offset": 16, "mask": 16, "weight": 16, "bias": 16}
+
+# Few positions and output channels, so that the reference has time for many terms: what sums over channels, what
+# sums over positions, and what lies far from the origin.
+CASES: dict[str, dict] = {
+    "9x512": {"extent": (9, 8), "in_channels": 512, "out_channels": 6, "kernel": (3, 3), "stride": (2, 2)},
+    "1x512": {"extent": (9, 8), "in_channels": 512, "out_channels": 5, "kernel": (1, 1), "stride": (1, 1)},
+    "outputs": {"extent": (7, 6), "in_channels": 5, "out_channels": 512, "kernel": (3, 3), "stride": (1, 1)},
+    "groups": {"extent": (9, 9), "in_channels": 256, "out_channels": 8, "groups": 4, "offset_groups": 2,
+               "kernel": (3, 3), "stride": (1, 1)},
+    "positions": {"extent": (70, 75), "in_channels": 3, "out_channels": 4, "kernel": (3, 3), "stride": (1, 1)},
+    "depthwise": {"extent": (40, 45), "in_channels": 18, "out_channels": 18, "groups": 18, "kernel": (3, 3),
+                  "stride": (1, 1)},
+    "volume": {"extent": (6, 7, 5), "in_channels": 32, "out_channels": 6, "kernel": (3, 3, 3),
+               "stride": (2, 2, 2)},
+    "line": {"extent": (4000,), "in_channels": 8, "out_channels": 5, "kernel": (5,), "stride": (3,)},
+    "width 64": {"extent": (3, 64), "in_channels": 24, "out_channels": 6, "kernel": (3, 3), "stride": (1, 4)},
+    "width 8192": {"extent": (3, 8192), "in_channels": 24, "out_channels": 6, "kernel": (3, 3),
+                   "stride": (1, 512)},
+    "width 65536": {"extent": (3, 65536), "in_channels": 24, "out_channels": 6, "kernel": (3, 3),
+                    "stride": (1, 4096)},
+    "length 65536": {"extent": (65536,), "in_channels": 64, "out_channels": 6, "kernel": (9,), "stride": (1024,)},
+}
+SIGNS = ("random", "positive")
+
+
+def make(name: str, signs: str, dtype) -> Problem:
+    sizes = CASES[name]
+    rank = len(sizes["extent"])
+    same = {"batch": 2, "groups": 1, "offset_groups": 1, "padding": ((1, 1),) * rank, "dilation": (1,) * rank,
+            "with_offset": True, "with_mask": True, "with_bias": True}
+    problem = random_problem([*CASES].index(name), rank=rank, dtype=dtype, special=False, **{**same, **sizes})
+    return problem if signs == "random" else positive(problem)
+
+
+def positive(problem: Problem) -> Problem:
+    """Every term of a sum of the same sign: nothing cancels, and rounding in one direction adds up."""
+    return problem.map_arrays(np.abs).replace(offset=problem.offset)
+
+
+@functools.lru_cache(maxsize=2)
+def truth(name: str, signs: str, dtype) -> tuple:
+    problem = make(name, signs, dtype)
+    return problem, problem.expected_forward(), problem.expected_backward(), problem.scales()
+
+
+def measure(name: str, signs: str, dtype) -> dict[str, float]:
+    """The largest error of y and of each gradient, in units of u * D, on the instruction set in use."""
+    problem, y, gradients, scales = truth(name, signs, dtype)
+    got = problem.backward(dcn_np)
+    errors = {"y": error_in_units(problem.forward(dcn_np), y, dtype, scales["y"])}
+    for key in problem.differentiable:
+        errors[key] = error_in_units(getattr(got, key), getattr(gradients, key), dtype, scales[key])
+    return errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("signs", SIGNS)
+@pytest.mark.parametrize("name", CASES)
+def test_error(name, signs, dtype):
+    for isa in dcn_np.available_isas():
+        with dcn_np.use_isa(isa):
+            errors = measure(name, signs, dtype)
+        too_large = {key: error for key, error in errors.items() if not error <= MOST_UNITS[key]}
+        assert not too_large, f"{isa}: {too_large} units"
+        assert any(errors.values()), "an engine without any error computes in another precision"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_error_does_not_depend_on_the_position(axis, dtype):
+    """One pixel of the same picture at places 2^16 apart: a coordinate held in one number would lose 16 bits."""
+    for fraction in (0.1, 0.7, 1 - 2.0**-20, 2.0**-23):
+        values = [one_sample(axis, place, fraction, dtype) for place in (0, 1000, 65536)]
+        assert values[0] == values[1] == values[2]
+
+
+def one_sample(axis: int, place: int, fraction: float, dtype) -> float:
+    """Between two pixels at `place` and the next one of an axis, reached from the far end of the image."""
+    extent = [1, 1]
+    extent[axis] = place + 8
+    x = np.zeros((1, 1, *extent), dtype)
+    line = x.reshape(-1)
+    line[place + 3:place + 5] = 0.3, -1.7
+    stride = [1, 1]
+    stride[axis] = place + 5
+    offset = np.zeros((1, 2, *(-(-size // step) for size, step in zip(extent, stride, strict=True))), dtype)
+    offset[0, axis].reshape(-1)[1 if place + 5 < place + 8 else 0] = dtype.type(-2) + dtype.type(fraction)
+    y = dcn_np.deform_conv(x, offset, np.ones((1, 1, 1, 1), dtype), None, tuple(stride))
+    return float(y.reshape(-1)[1])

@@ -1,0 +1,235 @@
+"""Who may import whom, whether the layers agree about what crosses them, and what `import dcn_np` costs."""
+
+import ast
+import inspect
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from calls import python
+
+import dcn_np
+from dcn_np import backends, cpu, geometry, reference
+from dcn_np.cpu import _native
+
+PACKAGE = Path(dcn_np.__file__).parent
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "src"
+
+# What each module may import of the package, inside functions too but not for types. The commands, and
+# __main__, may import all.
+MAY_IMPORT = {
+    "dcn_np": {"backends", "cpu", "deform_conv", "threads"},
+    "deform_conv": {"arrays", "backends", "geometry"},
+    "arrays": {"messages"},
+    "geometry": {"messages"},
+    "messages": set(),
+    "backends": {"cpu"},
+    "cpu": {"backends", "cpu._native", "geometry", "threads"},
+    "threads": {"cpu._native"},
+    "reference": set(),
+}
+
+# Below the commands, which draw and compare, nothing but NumPy is needed.
+MAY_REQUIRE = {"numpy"}
+
+
+def python_modules():
+    """Map the dotted name inside the package to the file; the package itself is "dcn_np"."""
+    names = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        names[".".join(parts) or "dcn_np"] = file
+    return names
+
+
+MODULES = python_modules()
+LAYERED = sorted(name for name in MODULES if name != "__main__" and not name.startswith("commands"))
+
+
+def is_module(name):
+    return name in MODULES or (PACKAGE / (name.replace(".", "/") + ".pyx")).exists()
+
+
+def absolute(node, file):
+    """Return the full dotted name that a `from ... import` reads from."""
+    if node.level == 0:
+        return node.module
+    folder = file.parent
+    for _ in range(node.level - 1):
+        folder = folder.parent
+    parts = ("dcn_np", *folder.relative_to(PACKAGE).parts, *([node.module] if node.module else []))
+    return ".".join(parts)
+
+
+def statements(node):
+    """Yield every node that runs: all but those for the type checker."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from statements(child)
+
+
+def imports(file):
+    """Yield the full name of every module that a file imports, wherever the statement stands."""
+    for node in statements(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            source = absolute(node, file)
+            for alias in node.names:
+                deeper = f"{source}.{alias.name}"
+                yield deeper if is_module(deeper.removeprefix("dcn_np.")) else source
+
+
+def internal_imports(file):
+    names = (name for name in imports(file) if name.split(".")[0] == "dcn_np")
+    return {name.removeprefix("dcn_np.") for name in names}
+
+
+@pytest.mark.parametrize("module", LAYERED)
+def test_a_module_imports_only_what_lies_below_it(module):
+    assert module in MAY_IMPORT, f"a new module: say in MAY_IMPORT what {module} may import"
+    assert internal_imports(MODULES[module]) <= MAY_IMPORT[module]
+
+
+def test_the_allowed_imports_have_no_cycle_between_operators_and_what_they_stand_on():
+    below = set(MAY_IMPORT) - {"deform_conv", "dcn_np"}
+    assert not [name for name in below if {"deform_conv", "dcn_np"} & MAY_IMPORT[name]]
+
+
+@pytest.mark.parametrize("module", LAYERED)
+def test_a_module_requires_numpy_and_the_standard_library_only(module):
+    roots = {name.split(".")[0] for name in imports(MODULES[module])}
+    assert roots <= MAY_REQUIRE | {"dcn_np", "__future__"} | sys.stdlib_module_names
+
+
+def test_only_commands_import_the_reference():
+    importers = {name for name, file in MODULES.items() if "reference" in internal_imports(file)}
+    assert all(name == "__main__" or name.startswith("commands") for name in importers)
+
+
+LOADED = """
+import sys, numpy
+before = set(sys.modules)
+import dcn_np
+# Cython makes modules of its own, which have no spec: nothing was loaded for them.
+loaded = [name for name in set(sys.modules) - before if getattr(sys.modules[name], "__spec__", None)]
+print(*{name.partition(".")[0] for name in loaded})
+"""
+
+
+def test_importing_loads_numpy_and_nothing_else():
+    assert set(python(LOADED).split()) - sys.stdlib_module_names == {"dcn_np"}
+
+
+def parameters(function):
+    """Map name to (kind, default); annotations may differ in how they are spelled."""
+    found = inspect.signature(function).parameters.values()
+    return {p.name: (p.kind, p.default) for p in found if p.name != "self"}
+
+
+def protocol_functions():
+    return [
+        name for name, value in vars(backends.Backend).items() if inspect.isfunction(value) and name[0] != "_"
+    ]
+
+
+@pytest.mark.parametrize("name", protocol_functions())
+def test_a_backend_has_the_signatures_of_the_protocol(name):
+    assert list(parameters(getattr(cpu, name))) == list(parameters(getattr(backends.Backend, name)))
+    assert parameters(getattr(cpu, name)) == parameters(getattr(backends.Backend, name))
+
+
+def test_the_protocol_has_functions():
+    assert {"deform_conv", "deform_conv_backward"} <= set(protocol_functions())
+
+
+OPERATORS = ["deform_conv", "modulated_deform_conv", "deform_conv_backward", "modulated_deform_conv_backward"]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_reference_has_the_public_signatures(name):
+    specified = parameters(getattr(reference, name))
+    specified.pop("dtype")  # only the specification can be told what to compute in
+    assert specified == parameters(getattr(dcn_np, name))
+    assert list(specified) == list(parameters(getattr(dcn_np, name)))
+
+
+def test_gradients_have_the_same_names_in_the_reference():
+    assert (
+        reference.Gradients._fields == dcn_np.Gradients._fields == ("x", "offset", "mask", "weight", "bias")
+    )
+
+
+def test_geometry_has_one_size_in_python_and_cpp():
+    assert _native.geometry_size() == geometry.GEOMETRY_DTYPE.itemsize == 192
+
+
+def test_geometry_has_one_order_in_python_and_cpp():
+    text = (PACKAGE / "kernels" / "geometry.hpp").read_text()
+    struct = re.search(r"struct Geometry \{(.*?)\n\};", text, re.DOTALL).group(1)
+    fields = re.findall(r"^\s*int64_t (\w+)(\[kMaxAxes\])?;", struct, re.MULTILINE)
+    dtype = geometry.GEOMETRY_DTYPE
+    assert [name for name, _ in fields] == list(dtype.names)
+    assert [(3,) if axes else () for _, axes in fields] == [dtype[name].shape for name in dtype.names]
+
+
+def cpp_files():
+    return sorted([*SOURCES.rglob("*.?pp"), *(PACKAGE / "kernels").glob("*.hpp")])
+
+
+def includes(file):
+    return re.findall(r'^\s*#\s*include\s*([<"][^>"]+[>"])', file.read_text(), re.MULTILINE)
+
+
+def own_header(name):
+    found = [folder / name for folder in (SOURCES, PACKAGE / "kernels") if (folder / name).exists()]
+    assert len(found) == 1, f"{name} is in {found}"
+    return found[0]
+
+
+def all_includes(file, seen):
+    """Yield every standard header that a file includes, through our headers too."""
+    for name in includes(file):
+        if name.startswith("<"):
+            yield name
+        elif name not in seen:
+            seen.add(name)
+            yield from all_includes(own_header(name.strip('"')), seen)
+
+
+@pytest.mark.parametrize("file", sorted(SOURCES.glob("isa/*.cpp")), ids=lambda file: file.stem)
+def test_an_instruction_set_includes_no_code_of_the_standard_library(file):
+    # An inline function of std compiled for AVX-512 could replace everyone's copy at link time.
+    assert set(all_includes(file, set())) <= {"<cstddef>", "<cstdint>"}
+
+
+@pytest.mark.parametrize("file", cpp_files(), ids=lambda file: file.name)
+def test_cpp_knows_no_python(file):
+    assert not re.search(r"Python\.h|numpy|PyObject", "".join(includes(file)))
+
+
+def test_only_the_instruction_sets_include_the_kernels():
+    importers = {file.name for file in SOURCES.rglob("*.cpp") if '"kernels.inc.hpp"' in includes(file)}
+    assert importers == {file.name for file in SOURCES.glob("isa/*.cpp")}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "owner"),
+    [(r"__attribute__\(\(vector_size", "vector.hpp"), (r"#pragma omp|<omp\.h>", "parallel.cpp")],
+    ids=["simd", "openmp"],
+)
+def test_one_file_owns_it(pattern, owner):
+    assert {file.name for file in cpp_files() if re.search(pattern, file.read_text())} == {owner}
+
+
+def test_one_list_of_instruction_sets():
+    flags = runpy.run_path(str(ROOT / "setup.py"))["INSTRUCTION_SETS"]["x86_64"]
+    files = {file.stem for file in SOURCES.glob("isa/*.cpp")}
+    dispatched = re.findall(r"X\((\w+),", (SOURCES / "dispatch.cpp").read_text())
+    assert set(flags) == files == set(dispatched)
+    assert dispatched[: len(flags)] == list(reversed(flags))
