@@ -242,12 +242,22 @@ DCN_INLINE void gather(const Samples<T, NDim>& samples, int64_t positions, int64
   }
 }
 
+// Calls body(channels), with a constant for the counts that matter most: it is then compiled without loops and tails.
+template <class T, class Body>
+DCN_INLINE void with_channels(int64_t channels, const Body& body) {
+  constexpr int64_t kBlock = 2 * kLanes<T>;
+  if (channels == kBlock) return body(kBlock);
+  body(channels);
+}
+
 // columns[position][channel] of one tap.
 template <class T, int NDim>
 void gather_columns(const Samples<T, NDim>& samples, int64_t positions, int64_t channels, T* columns,
                     int64_t columns_stride) {
-  gather<T, NDim>(samples, positions, channels, [&](auto, int64_t p, int64_t c, auto sample) {
-    store(columns + p * columns_stride + c, sample);
+  with_channels<T>(channels, [&](int64_t channels) __attribute__((always_inline)) {
+    gather<T, NDim>(samples, positions, channels, [&](auto, int64_t p, int64_t c, auto sample) {
+      store(columns + p * columns_stride + c, sample);
+    });
   });
 }
 

@@ -67,24 +67,16 @@ SPLIT = {
 # --- the same bits ------------------------------------------------------------------------------------------
 
 @BY_DTYPE
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("name", SPLIT)
-def test_thread_count(name, layout, dtype):
+@pytest.mark.parametrize(("name", "layout"), [
+    *((name, "contiguous") for name in SPLIT),
+    *((name, "channels_last") for name in ("dense", "depthwise", "wide", "volume"))])
+def test_thread_count_and_runs(name, layout, dtype):
     problem = make(1, dtype, **SPLIT[name]).map_arrays(LAYOUTS[layout])
     with dcn_np.num_threads(1):
         want = results(problem)
-    for threads in (2, 3, 7):
+    for threads in (2, 3, 7, 7, 1):
         with dcn_np.num_threads(threads):
             assert_same_bits(results(problem), want)
-
-
-@BY_DTYPE
-@pytest.mark.parametrize("name", SPLIT)
-def test_runs(name, dtype):
-    problem = make(2, dtype, **SPLIT[name])
-    want = results(problem)
-    for _ in range(3):
-        assert_same_bits(results(problem), want)
 
 
 def shifted_memory(array: np.ndarray, shift: int) -> np.ndarray:
@@ -136,10 +128,10 @@ def images(problem: Problem, part) -> Problem:
 def test_batch_slices(name, dtype):
     """What an image gives does not depend on the images beside it, nor on their number."""
     sizes = SPLIT[name] if name in SPLIT else ALIGNED[name.removeprefix("aligned_")]
-    problem = make(4, dtype, **{**sizes, "batch": 4})
+    problem = make(4, dtype, **{**sizes, "batch": 3})
     whole = results(problem)
     own = [key for key in whole if key in ("y", "x", "offset", "mask")]
-    for part in (slice(2, 3), [3, 3, 0]):
+    for part in (slice(1, 2), [2, 2, 0, 1]):
         assert_same_bits(results(images(problem, part)), {key: whole[key][part] for key in own})
 
 
@@ -228,7 +220,7 @@ def test_padding_is_a_border_of_zeros(dtype):
 @BY_DTYPE
 @pytest.mark.parametrize("name", SPLIT)
 def test_mask_of_ones_is_no_mask(name, dtype):
-    problem = make(9, dtype, **{**SPLIT[name], "with_mask": False})
+    problem = make(9, dtype, **{**SPLIT[name], "batch": 1, "with_mask": False})
     taps = int(np.prod(problem.weight.shape[2:]))
     ones = np.ones((len(problem.x), problem.offset_groups * taps, *problem.grad_output.shape[2:]), dtype)
     want = results(problem)
@@ -317,10 +309,10 @@ LINEAR = {  # results that are linear in an input, and those that do not depend 
 
 
 @BY_DTYPE
-@pytest.mark.parametrize("name", ["dense", "depthwise", "multiplier", "few", "volume"])
+@pytest.mark.parametrize("name", ["dense", "depthwise", "few"])
 @pytest.mark.parametrize("variable", LINEAR)
 def test_scaling_by_a_power_of_two_is_exact(variable, name, dtype):
-    problem = make(14, dtype, **{**SPLIT[name], "with_bias": False})
+    problem = make(14, dtype, **{**SPLIT[name], "batch": 1, "with_bias": False})
     scaled = problem.replace(**{variable: getattr(problem, variable) * dtype.type(-8)})
     want, got = results(problem), results(scaled)
     linear, constant = LINEAR[variable]
