@@ -31,7 +31,7 @@ def header() -> str:
 
 
 def measured(dtype, signs: str, every_case: bool) -> dict[str, dict[str, float]]:
-    """The maxima over all cases, by instruction set. The reference, which takes the time, runs once per case."""
+    """The maxima over all cases, by instruction set. The reference, which takes long, runs once per case."""
     largest = {isa: dict.fromkeys(NAMES, 0.0) for isa in dcn_np.available_isas()}
     for name in accuracy.CASES:
         for isa, maxima in largest.items():

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from pathlib import Path
+
+from .cgroup import cpu_quota
 
 _process: int | None = None
 _context: ContextVar[int | None] = ContextVar("dcn_np_num_threads", default=None)
@@ -100,15 +101,9 @@ def environment_limit() -> int | None:
 
 @lru_cache(maxsize=1)
 def cgroup_cpus() -> int | None:
-    """Return the CPU quota of this process's cgroup (v2 or v1) in whole CPUs, at least 1; None without one."""
-    for read in (_quota_v2, _quota_v1):
-        try:
-            quota = read()
-        except (OSError, ValueError, IndexError):
-            continue
-        if quota is not None:
-            return max(1, int(quota))
-    return None
+    """Return the CPU quota of this process's control groups in whole CPUs, at least 1; None without one."""
+    quota = cpu_quota()
+    return None if quota is None else max(1, int(quota))
 
 
 def _wanted() -> int | None:
@@ -138,20 +133,3 @@ def _checked(n: int) -> int:
     if n < 1:
         raise ValueError(f"the number of threads is {n}; wanted at least 1")
     return min(n, 2**16)
-
-
-def _quota_v2() -> float | None:
-    path = Path("/proc/self/cgroup").read_text().strip().splitlines()[-1].split(":")[2]
-    # Inside a container the path is that of the host and the quota lies at the root.
-    for folder in (Path("/sys/fs/cgroup" + path), Path("/sys/fs/cgroup")):
-        file = folder / "cpu.max"
-        if file.exists():
-            quota, period = file.read_text().split()
-            return None if quota == "max" else int(quota) / int(period)
-    return None
-
-
-def _quota_v1() -> float | None:
-    folder = Path("/sys/fs/cgroup/cpu")
-    quota = int((folder / "cpu.cfs_quota_us").read_text())
-    return None if quota <= 0 else quota / int((folder / "cpu.cfs_period_us").read_text())

@@ -32,7 +32,6 @@ class PositionPass : public BackwardRound<T, NDim> {
   using typename Round::Thread;
   using Round::arguments_;
   using Round::buffers_;
-  using Round::channels_from;
   using Round::first_image_;
   using Round::geometry;
   using Round::grad_output_of;
@@ -88,7 +87,7 @@ class PositionPass : public BackwardRound<T, NDim> {
                    const Gradient& gradient) {
     const Block& block = buffers_.blocks[index];
     locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved(slot, block.offset_group),
-                   channels_from(x_of(slot), block.first), buffers_.zeros, channels_from(grad_x_of(slot), block.first),
+                   x_of(slot, block), buffers_.zeros, grad_x_of(slot, block),
                    mine.nowhere, *mine.corners);
     T* dots = plan_.grads_at_positions ? dots_of(slot, index, tap, at) : nullptr;
     const auto pass = [&](int64_t channels) __attribute__((always_inline)) {
@@ -117,7 +116,7 @@ class PositionPass : public BackwardRound<T, NDim> {
     const Displacement<T, NDim> moved = this->moved(slot, group);
     const Displacement<T, NDim> gradients(arguments_.grad_offset, arguments_.grad_mask, plan_.taps,
                                           first_image_ + slot, group);
-    with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry(), x_of(slot)), [&](auto lanes) {
+    with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry()), [&](auto lanes) {
       using L = decltype(lanes);
       for (int64_t p = 0; p < tile.count; p += L::count) {
         const int64_t position = tile.first + p, count = tile.count - p;

@@ -25,7 +25,9 @@ class BackwardRound {
       const int64_t slot = item / items;
       item %= items;
       if (item < x_items)
-        plan_.x.copy_in(first_image_ + slot, item, buffers_.x + slot * plan_.x.buffer_elements());
+        plan_.for_each_block([&](const Block& block) {
+          plan_.x.copy_in(first_image_ + slot, item, x_buffer(slot), block.first, block.count);
+        });
       else if (item < x_items + y_items)
         copy_grad_output(slot, item - x_items);
       else
@@ -37,7 +39,9 @@ class BackwardRound {
     const int64_t items = plan_.grads_at_x ? plan_.grad_x.copy_items() : 0;
     return team_.run(items * images_, [&](int64_t item, int) {
       const int64_t slot = item / items;
-      plan_.grad_x.copy_out(first_image_ + slot, item % items, buffers_.grad_x + slot * plan_.grad_x_elements());
+      plan_.for_each_block([&](const Block& block) {
+        plan_.grad_x.copy_out(first_image_ + slot, item % items, grad_x_buffer(slot), block.first, block.count);
+      });
     });
   }
 
@@ -48,12 +52,15 @@ class BackwardRound {
 
   const Geometry& geometry() const { return plan_.geometry; }
 
-  Pixels<NDim> x_of(int64_t slot) const {
-    return plan_.x.view(first_image_ + slot, buffers_.x + slot * plan_.x.buffer_elements());
+  T* x_buffer(int64_t slot) const { return buffers_.x + slot * plan_.x.buffer_elements(); }
+  T* grad_x_buffer(int64_t slot) const { return buffers_.grad_x + slot * plan_.grad_x_elements(); }
+
+  Pixels<NDim> x_of(int64_t slot, const Block& block) const {
+    return plan_.x.view(first_image_ + slot, x_buffer(slot), block.first, block.count);
   }
-  Pixels<NDim> grad_x_of(int64_t slot) const {
-    if (!plan_.grads_at_x) return x_of(slot);
-    return plan_.grad_x.view(first_image_ + slot, buffers_.grad_x + slot * plan_.grad_x_elements());
+  Pixels<NDim> grad_x_of(int64_t slot, const Block& block) const {
+    if (!plan_.grads_at_x) return x_of(slot, block);
+    return plan_.grad_x.view(first_image_ + slot, grad_x_buffer(slot), block.first, block.count);
   }
   T* grad_output_of(int64_t slot) const {
     if (!plan_.grad_output_in_place) return buffers_.grad_output + slot * plan_.grad_output_elements();
@@ -62,10 +69,6 @@ class BackwardRound {
   }
   Displacement<T, NDim> moved(int64_t slot, int64_t offset_group) const {
     return {arguments_.offset, arguments_.mask, plan_.taps, first_image_ + slot, offset_group};
-  }
-  static Pixels<NDim> channels_from(Pixels<NDim> pixels, int64_t channel) {
-    pixels.data += channel * sizeof(T);
-    return pixels;
   }
 
   const BackwardArguments& arguments_;
@@ -86,14 +89,16 @@ class BackwardRound {
   }
 
   void clear_grad_x(int64_t slot, int64_t item) {
-    const Pixels<NDim> pixels = grad_x_of(slot);
-    const int64_t first = item * kCopyPixels, end = least(first + kCopyPixels, plan_.grad_x.pixels);
-    for (int64_t pixel = first; pixel < end; ++pixel) {
-      char* at = pixels.data;
-      for (int64_t axis = NDim - 1, rest = pixel; axis >= 0; rest /= geometry().input[axis--])
-        at += rest % geometry().input[axis] * pixels.axis[axis];
-      __builtin_memset(at, 0, geometry().in_channels * sizeof(T));
-    }
+    const int64_t pixels = plan_.grad_x.pixels, first = item * kCopyPixels, end = least(first + kCopyPixels, pixels);
+    plan_.for_each_block([&](const Block& block) {
+      const Pixels<NDim> view = grad_x_of(slot, block);
+      for (int64_t pixel = first; pixel < end; ++pixel) {
+        char* at = view.data;
+        for (int64_t axis = NDim - 1, rest = pixel; axis >= 0; rest /= geometry().input[axis--])
+          at += rest % geometry().input[axis] * view.axis[axis];
+        __builtin_memset(at, 0, block.count * sizeof(T));
+      }
+    });
   }
 };
 

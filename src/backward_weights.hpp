@@ -39,7 +39,6 @@ class WeightPass : public BackwardRound<T, NDim> {
   using typename Round::Thread;
   using Round::arguments_;
   using Round::buffers_;
-  using Round::channels_from;
   using Round::first_image_;
   using Round::geometry;
   using Round::grad_output_of;
@@ -70,7 +69,7 @@ class WeightPass : public BackwardRound<T, NDim> {
   void for_each_sampled_tap(int64_t slot, const Block& block, int64_t first_tap, int64_t taps, int64_t first,
                             int64_t count, Thread& mine, const Body& body) {
     static_assert(kPiece % kGatherPositions == 0 && kGatherPositions <= kTilePositions);
-    const Pixels<NDim> pixels = channels_from(x_of(slot), block.first);
+    const Pixels<NDim> pixels = x_of(slot, block);
     for (int64_t at = 0; at < count; at += kGatherPositions) {
       const Tile<NDim> tile(geometry(), first + at, least(kGatherPositions, count - at));
       for (int64_t tap = first_tap; tap < first_tap + taps; ++tap) {

@@ -172,11 +172,10 @@ DCN_INLINE typename L::Real masked_weight(const AxisSample<L> (&axes)[NDim], int
   return L::select(nan, L::real(__builtin_nan("")), folded);
 }
 
-// Whether 32-bit indices reach every pixel of an image and hold every position on its rigid grid.
+// Whether 32-bit indices hold every position on the rigid grid and, with `pixels`, reach every pixel.
 template <class T, int NDim>
-bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels) {
+bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {}) {
   constexpr double kMost = 536870912.0;  // 2^29
-  if (sizeof(T) != sizeof(float)) return false;
   double span = 0;
   for (int axis = 0; axis < NDim; ++axis) {
     const double base = static_cast<double>(geometry.output[axis]) * static_cast<double>(geometry.stride[axis]) +

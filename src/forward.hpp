@@ -95,9 +95,11 @@ void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t gro
       const int64_t input = (start + i) / plan.taps, tap = (start + i) % plan.taps;
       T* to = packed + (tap * plan.group_inputs + input) * width;
       for (int64_t lane = columns; lane < width; ++lane) block[i * width + lane] = 0;
-      for_each_vector<T>(width, [&](auto lanes, int64_t lane) {
-        using V = Vec<T, decltype(lanes)::count>;
-        store(to + lane, load<V>(block + i * width + lane));
+      with_channels<T>(width, [&](int64_t width) __attribute__((always_inline)) {
+        for_each_vector<T>(width, [&](auto lanes, int64_t lane) {
+          using V = Vec<T, decltype(lanes)::count>;
+          store(to + lane, load<V>(block + i * width + lane));
+        });
       });
     }
   }
@@ -144,7 +146,7 @@ class ForwardRun {
     if (items == 0) return true;
     return team_.run(items * images, [&](int64_t item, int) {
       const int64_t slot = item / items;
-      plan_.x.copy_in(first + slot, item % items, image_buffer(slot));
+      plan_.x.copy_in(first + slot, item % items, image_buffer(slot), 0, geometry().in_channels);
     });
   }
 
@@ -153,7 +155,7 @@ class ForwardRun {
       const int64_t slot = item / plan_.tiles;
       const Tile<NDim> tile = plan_.tile(item % plan_.tiles, plan_.tile_positions);
       Thread& mine = buffers_.thread[thread];
-      const Pixels<NDim> pixels = plan_.x.view(first + slot, image_buffer(slot));
+      const Pixels<NDim> pixels = plan_.x.view(first + slot, image_buffer(slot), 0, geometry().in_channels);
       if (plan_.depthwise)
         sum_per_channel(first + slot, tile, pixels, mine);
       else if (!multiply(first + slot, tile, pixels, mine, thread))

@@ -89,56 +89,70 @@ struct Rows {
 
 constexpr int64_t kCopyPixels = 256;  // pixels of one item of a copy
 
-// How the kernels reach the pixels of an array of images: in place where its channels are contiguous, else through a
-// channels-last buffer of one image (or several: `slot`).
+// How the kernels reach the pixels of an array of images: in place where channels are contiguous, else through a
+// channels-last buffer of one image. The buffer holds parts of the channels one after the other, [part][pixel][channel],
+// as the pass takes them: a thread that works on a part then touches few pages and whole lines.
 template <class T, int NDim>
 struct Images {
   Array array;
   int64_t channels, extents[NDim], pixels;
   bool in_place;
-  int64_t pixel_stride;  // of the buffer, in elements
 
   Images(const Array& array, int64_t channels, const int64_t* extents) : array(array), channels(channels), pixels(1) {
     for (int axis = 0; axis < NDim; ++axis) pixels *= this->extents[axis] = extents[axis];
     in_place = channels <= 1 || array.channel == sizeof(T);
-    // A distance of a large power of two would put the pixels of a column into few sets of the cache.
-    constexpr int64_t kLine = 64 / sizeof(T);
-    pixel_stride = channels % (16 * kLine) == 0 ? channels + kLine : channels;
   }
-  size_t buffer_elements() const { return in_place ? 0 : static_cast<size_t>(pixels) * pixel_stride; }
 
-  Pixels<NDim> view(int64_t image, T* buffer) const {
-    Pixels<NDim> view;
-    view.data = in_place ? array.data + image * array.batch : reinterpret_cast<char*>(buffer);
-    for (int64_t axis = NDim - 1, stride = pixel_stride * sizeof(T); axis >= 0; stride *= extents[axis--])
-      view.axis[axis] = in_place ? array.axis[axis] : stride;
+  // From pixel to pixel of a part. A distance of a large power of two would crowd the pixels into few sets of a cache.
+  static int64_t stride(int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    return count % (16 * kLine) == 0 ? count + kLine : count;
+  }
+  size_t buffer_elements() const { return in_place ? 0 : static_cast<size_t>(pixels) * stride(channels); }
+
+  Pixels<NDim> view(int64_t image, T* buffer, int64_t first, int64_t count) const {
+    if (in_place) {
+      Pixels<NDim> view = {array.data + image * array.batch + first * static_cast<int64_t>(sizeof(T)), {}};
+      for (int axis = 0; axis < NDim; ++axis) view.axis[axis] = array.axis[axis];
+      return view;
+    }
+    Pixels<NDim> view = {reinterpret_cast<char*>(buffer + first * pixels), {}};
+    for (int64_t axis = NDim - 1, step = stride(count) * sizeof(T); axis >= 0; step *= extents[axis--])
+      view.axis[axis] = step;
     return view;
   }
+
+  // Copies are cut into items of some pixels, each with all channels of a part.
   int64_t copy_items() const {
     if (in_place || pixels == 0) return 0;
     const Rows<NDim> rows(extents, array.axis);
     return rows.rows * ((rows.length + kCopyPixels - 1) / kCopyPixels);
   }
-  void copy_in(int64_t image, int64_t item, T* buffer) const {
-    with_item(image, item, [&](int64_t first, int64_t count, MatrixView<T> planar) {
-      copy_matrix<T>(count, channels, {planar.data, planar.position, planar.channel},
-                     {buffer + first * pixel_stride, pixel_stride, 1});
+  void copy_in(int64_t image, int64_t item, T* buffer, int64_t first, int64_t count) const {
+    with_item(image, item, first, [&](int64_t pixel, int64_t pixels, MatrixView<T> planar) {
+      copy_matrix<T>(pixels, count, {planar.data, planar.position, planar.channel},
+                     matrix(buffer, pixel, first, count));
     });
   }
-  void copy_out(int64_t image, int64_t item, const T* buffer) const {
-    with_item(image, item, [&](int64_t first, int64_t count, MatrixView<T> planar) {
-      copy_matrix<T>(count, channels, {buffer + first * pixel_stride, pixel_stride, 1}, planar);
+  void copy_out(int64_t image, int64_t item, T* buffer, int64_t first, int64_t count) const {
+    with_item(image, item, first, [&](int64_t pixel, int64_t pixels, MatrixView<T> planar) {
+      const MatrixView<T> from = matrix(buffer, pixel, first, count);
+      copy_matrix<T>(pixels, count, {from.data, from.position, from.channel}, planar);
     });
   }
 
  private:
+  MatrixView<T> matrix(T* buffer, int64_t pixel, int64_t first, int64_t count) const {
+    return {buffer + first * pixels + pixel * stride(count), stride(count), 1};
+  }
   template <class Body>
-  void with_item(int64_t image, int64_t item, const Body& body) const {
+  void with_item(int64_t image, int64_t item, int64_t channel, const Body& body) const {
     const Rows<NDim> rows(extents, array.axis);
     const int64_t items = (rows.length + kCopyPixels - 1) / kCopyPixels;
     const int64_t row = item / items, start = item % items * kCopyPixels;
     const int64_t count = rows.length - start < kCopyPixels ? rows.length - start : kCopyPixels;
-    char* data = array.data + image * array.batch + rows.offset(row, array.axis) + start * array.axis[NDim - 1];
+    char* data = array.data + image * array.batch + channel * array.channel + rows.offset(row, array.axis) +
+                 start * array.axis[NDim - 1];
     constexpr int64_t size = sizeof(T);
     body(row * rows.length + start, count,
          MatrixView<T>{reinterpret_cast<T*>(data), array.axis[NDim - 1] / size, array.channel / size});

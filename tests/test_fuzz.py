@@ -21,7 +21,7 @@ import dcn_np
 
 CASES = int(os.environ.get("DCN_NP_FUZZ_CASES", 5000))
 CHUNK = 250
-THREADS = (1, 2, 3, 7)
+THREADS = (1, 1, 1, 2, 2, 3, 7)
 NAMES = ("x", "offset", "mask", "weight", "bias")
 GAP = -12345.0  # lies between the elements of an array with gaps: never to be read into a result, nor written
 
@@ -88,14 +88,14 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def check_forward(problem: Problem, want: Expected, **keywords) -> np.ndarray:
+def check_forward(problem: Problem, want: Expected, units=None, **keywords) -> np.ndarray:
     y = problem.forward(dcn_np, **keywords)
     assert y.dtype == problem.dtype
-    assert_close(y, want.y, problem.dtype, want.scales["y"], what=f"y of {problem}")
+    assert_close(y, want.y, problem.dtype, want.scales["y"], units=units, what=f"y of {problem}")
     return y
 
 
-def check_backward(problem: Problem, want: Expected, **keywords) -> tuple:
+def check_backward(problem: Problem, want: Expected, units=None, **keywords) -> tuple:
     """All gradients that exist are right and have the shape and dtype of their input; the others are None."""
     got = problem.backward(dcn_np, **keywords)
     for name in NAMES:
@@ -104,7 +104,7 @@ def check_backward(problem: Problem, want: Expected, **keywords) -> tuple:
             continue
         gradient = getattr(got, name)
         assert gradient.dtype == problem.dtype
-        assert_close(gradient, getattr(want.gradients, name), problem.dtype, want.scales[name],
+        assert_close(gradient, getattr(want.gradients, name), problem.dtype, want.scales[name], units=units,
                      what=f"gradient {name} of {problem}")
     return got
 
@@ -132,17 +132,20 @@ def check_needs(rng, problem: Problem, gradients, **keywords) -> None:
 
 
 def check_problem(rng, problem: Problem, want: Expected | None = None) -> Expected:
-    """Everything above on every instruction set, and the inputs are as before."""
+    """Right on every instruction set; out= and needs= on one of them; the inputs are as before."""
     want = expected(problem) if want is None else want
     problem = problem if rng.random() < 0.4 else problem.map_arrays(lambda array: any_layout(rng, array))
     before = {name: getattr(problem, name).tobytes() for name in Problem.ARRAYS
               if getattr(problem, name) is not None}
+    chosen = rng.choice(dcn_np.available_isas())
     for isa in dcn_np.available_isas():
         keywords = {"modulated": bool(rng.random() < 0.5)}
         with dcn_np.use_isa(isa), dcn_np.num_threads(int(rng.choice(THREADS))):
             y = check_forward(problem, want, **keywords)
-            check_out(rng, problem, y, **keywords)
-            check_needs(rng, problem, check_backward(problem, want, **keywords), **keywords)
+            gradients = check_backward(problem, want, **keywords)
+            if isa == chosen:
+                check_out(rng, problem, y, **keywords)
+                check_needs(rng, problem, gradients, **keywords)
     for name, data in before.items():
         assert getattr(problem, name).tobytes() == data, f"{name} was modified in {problem}"
     return want
@@ -159,10 +162,11 @@ def check_case(seed: int) -> Expected:
 def check_strided_zero(rng, problem: Problem) -> Expected:
     """Arrays with strides of zero, passed as they are: another layout would have memory of its own."""
     want = expected(problem)
+    units = 64  # terms that are all the same are all rounded to the same side
     for isa in dcn_np.available_isas():
         with dcn_np.use_isa(isa), dcn_np.num_threads(int(rng.choice(THREADS))):
-            check_forward(problem, want)
-            check_backward(problem, want)
+            check_forward(problem, want, units)
+            check_backward(problem, want, units)
     return want
 
 
