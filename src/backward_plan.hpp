@@ -5,6 +5,8 @@
 
 namespace dcn::DCN_ISA {
 
+constexpr int64_t kPositionPiece = 256;  // positions whose columns are gathered at once for grad_weight
+
 // Channels of one weight group and one offset group.
 struct Block {
   int64_t first, count;
@@ -137,7 +139,7 @@ struct BackwardBuffers {
   struct PerThread {
     BackwardSamples<T, NDim>* corners;
     Samples<T, NDim>* samples;
-    T* columns;  // kPiece positions of one chunk
+    T* columns;  // kPositionPiece positions of one chunk
     T* nowhere;  // where grad_x of corners without weight goes
   };
   PerThread* thread;
@@ -158,7 +160,7 @@ struct BackwardBuffers {
       if (blocks) blocks[index++] = packed;
     });
     thread = space.take<PerThread>(plan.threads);
-    const size_t columns = kPiece * 2 * kLanes<T>;
+    const size_t columns = kPositionPiece * 2 * kLanes<T>;
     for (int i = 0; i < plan.threads; ++i) {
       const PerThread mine = {space.take<BackwardSamples<T, NDim>>(1), space.take<Samples<T, NDim>>(1),
                               space.take<T>(columns), space.take<T>(plan.block_channels)};

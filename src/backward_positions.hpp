@@ -68,10 +68,8 @@ class PositionPass : public BackwardRound<T, NDim> {
     for (int64_t chunk = 0; chunk < plan_.chunks(block); ++chunk) {
       const Panels panels = plan_.panels(block, chunk);
       const int64_t width = panels.padded(), first = chunk * plan_.chunk_taps(block);
-      for_each_piece(Terms{1, 0, outputs, 1}, [&](Terms piece, int64_t from, int64_t term) {
-        multiply_panel<T>(panels, 0, tile.count, grad_output + from, stride, piece, weights + term * width,
-                          mine.columns, width, term == 0);
-      });
+      multiply_panel<T>(panels, 0, tile.count, grad_output, stride, Terms{1, 0, outputs, 1}, kPiece, weights, mine.columns,
+                        width, true);
       for (int64_t tap = first; tap < least(first + plan_.chunk_taps(block), plan_.taps); ++tap) {
         const T* columns = mine.columns + (tap - first) * block.count;
         scatter_tap(slot, index, tile, tap, at, mine, [=](auto lanes, int64_t p, int64_t c) {

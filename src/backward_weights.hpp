@@ -53,10 +53,10 @@ class WeightPass : public BackwardRound<T, NDim> {
 
   void weigh(const PackedBlock& block, int64_t first_chunk, int64_t last_chunk, int thread) {
     for (int64_t slot = 0; slot < images_; ++slot)
-      for (int64_t first = 0; first < plan_.positions; first += kPiece)
+      for (int64_t first = 0; first < plan_.positions; first += kPositionPiece)
         for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
           if (!team_.keep_going(thread)) return;
-          const int64_t count = least(kPiece, plan_.positions - first);
+          const int64_t count = least(kPositionPiece, plan_.positions - first);
           if (plan_.depthwise)
             weigh_piece_per_channel(slot, block, chunk, first, count, buffers_.thread[thread]);
           else
@@ -68,7 +68,7 @@ class WeightPass : public BackwardRound<T, NDim> {
   template <class Body>
   void for_each_sampled_tap(int64_t slot, const Block& block, int64_t first_tap, int64_t taps, int64_t first,
                             int64_t count, Thread& mine, const Body& body) {
-    static_assert(kPiece % kGatherPositions == 0 && kGatherPositions <= kTilePositions);
+    static_assert(kPositionPiece % kGatherPositions == 0 && kGatherPositions <= kTilePositions);
     const Pixels<NDim> pixels = x_of(slot, block);
     for (int64_t at = 0; at < count; at += kGatherPositions) {
       const Tile<NDim> tile(geometry(), first + at, least(kGatherPositions, count - at));
@@ -93,7 +93,7 @@ class WeightPass : public BackwardRound<T, NDim> {
                                                    mine.columns + at * width + (tap - first_tap) * block.count, width);
                          });
     const T* grad_output = grad_output_of(slot) + first * stride + block.group * outputs;
-    multiply_panel<T>(panels, 0, outputs, grad_output, 1, Terms{1, 0, count, stride}, mine.columns, grad_weight, width,
+    multiply_panel<T>(panels, 0, outputs, grad_output, 1, Terms{1, 0, count, stride}, kPiece, mine.columns, grad_weight, width,
                       false);
   }
 
@@ -120,10 +120,10 @@ class WeightPass : public BackwardRound<T, NDim> {
       using V = Vec<T, decltype(lanes)::count>;
       V total = load<V>(grad_bias + c);
       for (int64_t slot = 0; slot < images_; ++slot)
-        for (int64_t at = 0; at < plan_.positions; at += kPiece) {
+        for (int64_t at = 0; at < plan_.positions; at += kPositionPiece) {
           const T* grad_output = grad_output_of(slot) + at * stride + first + c;
           V piece = {};
-          for (int64_t p = 0; p < least(kPiece, plan_.positions - at); ++p)
+          for (int64_t p = 0; p < least(kPositionPiece, plan_.positions - at); ++p)
             piece += load<V>(grad_output + p * stride);
           total += piece;
         }

@@ -246,6 +246,7 @@ template <class T, class Body>
 DCN_INLINE void with_channels(int64_t channels, const Body& body) {
   constexpr int64_t kBlock = 2 * kLanes<T>;
   if (channels == kBlock) return body(kBlock);
+  if (channels == 4) return body(int64_t{4});
   body(channels);
 }
 

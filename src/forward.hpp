@@ -144,9 +144,11 @@ class ForwardRun {
   bool copy(int64_t first, int64_t images) {
     const int64_t items = plan_.x.copy_items();
     if (items == 0) return true;
+    const int64_t channels = plan_.offset_group_channels;
     return team_.run(items * images, [&](int64_t item, int) {
       const int64_t slot = item / items;
-      plan_.x.copy_in(first + slot, item % items, image_buffer(slot), 0, geometry().in_channels);
+      for (int64_t group = 0; group < geometry().offset_groups; ++group)
+        plan_.x.copy_in(first + slot, item % items, image_buffer(slot), group * channels, channels);
     });
   }
 
@@ -155,10 +157,9 @@ class ForwardRun {
       const int64_t slot = item / plan_.tiles;
       const Tile<NDim> tile = plan_.tile(item % plan_.tiles, plan_.tile_positions);
       Thread& mine = buffers_.thread[thread];
-      const Pixels<NDim> pixels = plan_.x.view(first + slot, image_buffer(slot), 0, geometry().in_channels);
       if (plan_.depthwise)
-        sum_per_channel(first + slot, tile, pixels, mine);
-      else if (!multiply(first + slot, tile, pixels, mine, thread))
+        sum_per_channel(first, slot, tile, mine);
+      else if (!multiply(first, slot, tile, mine, thread))
         return;
       write(first + slot, tile, mine.sums);
     });
@@ -166,8 +167,9 @@ class ForwardRun {
 
   // Locates one tap for every offset group and hands the group's samples to body(first channel, channels).
   template <class Body>
-  void for_each_offset_group(int64_t image, const Tile<NDim>& tile, const Tap<NDim>& tap, Pixels<NDim> pixels,
+  void for_each_offset_group(int64_t first, int64_t slot, const Tile<NDim>& tile, const Tap<NDim>& tap,
                              Samples<T, NDim>& samples, const Body& body) {
+    const int64_t image = first + slot;
     const int64_t channels = plan_.offset_group_channels, groups = geometry().offset_groups;
     const auto moved_of = [&](int64_t group) {
       return Displacement<T, NDim>(arguments_.offset, arguments_.mask, plan_.taps, image, group);
@@ -178,20 +180,19 @@ class ForwardRun {
         moved_of(group + 1).prefetch(tap.index, tile.first, tile.count);
       else if (tap.index + 1 < plan_.taps)
         moved_of(0).prefetch(tap.index + 1, tile.first, tile.count);
-      Pixels<NDim> mine = pixels;
-      mine.data += group * channels * sizeof(T);
-      locate_values(geometry(), tile, tap, moved, mine, buffers_.zeros, samples);
+      const Pixels<NDim> pixels = plan_.x.view(image, image_buffer(slot), group * channels, channels);
+      locate_values(geometry(), tile, tap, moved, pixels, buffers_.zeros, samples);
       body(group * channels, channels);
     }
   }
 
-  bool multiply(int64_t image, const Tile<NDim>& tile, const Pixels<NDim>& pixels, Thread& mine, int thread) {
+  bool multiply(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine, int thread) {
     const int64_t channels = geometry().in_channels;
     if (plan_.terms == 0) __builtin_memset(mine.sums, 0, plan_.sums_stride * tile.count * sizeof(T));
     for (int64_t first = 0; first < plan_.taps; first += plan_.chunk_taps) {
       const int64_t left = plan_.taps - first, count = left < plan_.chunk_taps ? left : plan_.chunk_taps;
       for (int64_t i = 0; i < count; ++i)
-        for_each_offset_group(image, tile, Tap<NDim>(geometry(), first + i), pixels, *mine.samples,
+        for_each_offset_group(first_image, slot, tile, Tap<NDim>(geometry(), first + i), *mine.samples,
                               [&](int64_t channel, int64_t group_channels) {
                                 gather_columns<T, NDim>(*mine.samples, tile.count, group_channels,
                                                         mine.columns + i * channels + channel, plan_.columns_stride);
@@ -211,17 +212,15 @@ class ForwardRun {
     const T* weights = plan_.packed(buffers_.weights, group, panel) + first_tap * inputs * width;
     const T* columns = mine.columns + group * inputs;
     T* sums = mine.sums + group * panels.padded() + panels.first(panel);
-    for_each_piece(Terms{taps, geometry().in_channels, inputs, 1}, [&](Terms piece, int64_t at, int64_t term) {
-      multiply_panel<T>(panels, panel, positions, columns + at, plan_.columns_stride, piece, weights + term * width,
-                        sums, plan_.sums_stride, first_tap == 0 && term == 0);
-    });
+    multiply_panel<T>(panels, panel, positions, columns, plan_.columns_stride,
+                      Terms{taps, geometry().in_channels, inputs, 1}, kOutputPiece, weights, sums, plan_.sums_stride, first_tap == 0);
   }
 
-  void sum_per_channel(int64_t image, const Tile<NDim>& tile, const Pixels<NDim>& pixels, Thread& mine) {
+  void sum_per_channel(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine) {
     const int64_t stride = plan_.sums_stride;
     for (int64_t tap = 0; tap < plan_.taps; ++tap)
       for_each_offset_group(
-          image, tile, Tap<NDim>(geometry(), tap), pixels, *mine.samples, [&](int64_t channel, int64_t channels) {
+          first_image, slot, tile, Tap<NDim>(geometry(), tap), *mine.samples, [&](int64_t channel, int64_t channels) {
             const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
             T* sums = mine.sums + channel;
             gather<T, NDim>(*mine.samples, tile.count, channels, [&](auto, int64_t p, int64_t c, auto sample) {

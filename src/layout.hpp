@@ -10,31 +10,38 @@
 
 namespace dcn::DCN_ISA {
 
-// to[column][row] = from[row][column] (+ bias[column]); columns of `from` and rows of `to` are contiguous, strides in elements.
-template <class T>
+// to[column][row] = from[row][column] (+ bias[column]); columns of `from` and rows of `to` are contiguous, strides in
+// elements. Blocks of N x N, and for what they leave over blocks half as large.
+template <class T, int N = kLanes<T>>
 void transpose_matrix(int64_t rows, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride,
                       const T* bias = nullptr) {
-  constexpr int n = kLanes<T>;
-  using V = Vec<T, n>;
-  const int64_t whole_rows = rows / n * n, whole_columns = columns / n * n;
-  for (int64_t r = 0; r < whole_rows; r += n)
-    for (int64_t c = 0; c < whole_columns; c += n) {
-      V block[n];
+  using V = Vec<T, N>;
+  const int64_t whole_rows = rows / N * N, whole_columns = columns / N * N;
+  const auto block = [=](int64_t r, int64_t c) __attribute__((always_inline)) {
+    V lines[N];
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) block[i] = load<V>(from + (r + i) * from_stride + c);
-      transpose<1>(block);
+    for (int i = 0; i < N; ++i) lines[i] = load<V>(from + (r + i) * from_stride + c);
+    if constexpr (N > 1) transpose<1>(lines);
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i)
-        store(to + (c + i) * to_stride + r, bias ? block[i] + broadcast<V>(bias[c + i]) : block[i]);
-    }
-  const auto element = [&](int64_t r, int64_t c) {
-    const T value = from[r * from_stride + c];
-    to[c * to_stride + r] = bias ? value + bias[c] : value;
+    for (int i = 0; i < N; ++i)
+      store(to + (c + i) * to_stride + r, bias ? lines[i] + broadcast<V>(bias[c + i]) : lines[i]);
   };
-  for (int64_t r = 0; r < whole_rows; ++r)
-    for (int64_t c = whole_columns; c < columns; ++c) element(r, c);
-  for (int64_t r = whole_rows; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) element(r, c);
+  // Along the lines that lie farther apart: each page is then visited once.
+  if (from_stride > to_stride) {
+    for (int64_t r = 0; r < whole_rows; r += N)
+      for (int64_t c = 0; c < whole_columns; c += N) block(r, c);
+  } else {
+    for (int64_t c = 0; c < whole_columns; c += N)
+      for (int64_t r = 0; r < whole_rows; r += N) block(r, c);
+  }
+  if constexpr (N > 1) {
+    if (whole_columns < columns)
+      transpose_matrix<T, N / 2>(whole_rows, columns - whole_columns, from + whole_columns, from_stride,
+                                 to + whole_columns * to_stride, to_stride, bias ? bias + whole_columns : nullptr);
+    if (whole_rows < rows)
+      transpose_matrix<T, N / 2>(rows - whole_rows, columns, from + whole_rows * from_stride, from_stride,
+                                 to + whole_rows, to_stride, bias);
+  }
 }
 
 // Position of a matrix in memory: element (position, channel) lies at position * position_stride + channel * channel_stride.
@@ -87,7 +94,7 @@ struct Rows {
   }
 };
 
-constexpr int64_t kCopyPixels = 256;  // pixels of one item of a copy
+constexpr int64_t kCopyPixels = 512;  // pixels of one item of a copy
 
 // How the kernels reach the pixels of an array of images: in place where channels are contiguous, else through a
 // channels-last buffer of one image. The buffer holds parts of the channels one after the other, [part][pixel][channel],
@@ -103,10 +110,11 @@ struct Images {
     in_place = channels <= 1 || array.channel == sizeof(T);
   }
 
-  // From pixel to pixel of a part. A distance of a large power of two would crowd the pixels into few sets of a cache.
-  static int64_t stride(int64_t count) {
+  // From pixel to pixel of a part. A distance of a large power of two would crowd the pixels into few sets of a cache;
+  // several parts share the buffer without gaps.
+  int64_t stride(int64_t count) const {
     constexpr int64_t kLine = 64 / sizeof(T);
-    return count % (16 * kLine) == 0 ? count + kLine : count;
+    return count == channels && count % (16 * kLine) == 0 ? count + kLine : count;
   }
   size_t buffer_elements() const { return in_place ? 0 : static_cast<size_t>(pixels) * stride(channels); }
 

@@ -3,15 +3,16 @@
 //     C[row][column] (+)= sum over k of A[row][k] * B[k][column]
 //
 // A is read where it lies, through strides; B is packed in panels of one or two vectors of columns. A sum is taken in
-// pieces of at most kPiece terms, each from zero, and the pieces are then added: a running sum over thousands of
-// positive terms would lose ten times as much.
+// pieces, each from zero, and the pieces are then added: a running sum over thousands of positive terms would lose ten
+// times as much.
 #pragma once
 
 #include "vector.hpp"
 
 namespace dcn::DCN_ISA {
 
-constexpr int64_t kPiece = 256;
+// The most terms in one running sum. Half as many in y cost 2 % and halve its error.
+constexpr int64_t kPiece = 256, kOutputPiece = 128;
 
 // One run of k: `outer` stretches of `inner` terms. (taps x channels of a weight group, or one stretch of positions.)
 struct Terms {
@@ -54,16 +55,37 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
     }
 }
 
+// Calls body(terms, distance of the first in A, index of the first) for pieces of at most `most` terms. Stretches that
+// follow each other without a gap are one to a piece.
+template <class Body>
+DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
+  if (all.outer_stride == all.inner && all.inner_stride == 1) all = {1, 0, all.outer * all.inner, 1};
+  const int64_t inner = all.inner < most ? all.inner : most;
+  const int64_t outer = inner > 0 && inner == all.inner ? most / inner : 1;
+  for (int64_t o = 0; o < all.outer; o += outer)
+    for (int64_t i = 0; i < all.inner; i += inner) {
+      const int64_t outer_left = all.outer - o, inner_left = all.inner - i;
+      const Terms piece = {outer < outer_left ? outer : outer_left, all.outer_stride,
+                           inner < inner_left ? inner : inner_left, all.inner_stride};
+      body(piece, o * all.outer_stride + i * all.inner_stride, o * all.inner + i);
+    }
+}
+
+// Pieces are innermost: the sums of a tile stay in the nearest cache from piece to piece.
 template <class T, int N, int NR>
-void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, const T* b, T* c, int64_t c_stride,
-                   bool fresh) {
+void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, int64_t piece, const T* b, T* c,
+                   int64_t c_stride, bool fresh) {
+  const auto tile = [&](auto count, int64_t i) {
+    for_each_piece(terms, piece, [&](Terms some, int64_t distance, int64_t first) {
+      multiply_tile<T, N, NR, decltype(count)::count>(a + i * row_stride + distance, row_stride, some,
+                                                      b + first * NR * N, c + i * c_stride, c_stride,
+                                                      fresh && first == 0);
+    });
+  };
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
-    multiply_tile<T, N, NR, kTileRows>(a + i * row_stride, row_stride, terms, b, c + i * c_stride, c_stride, fresh);
-  for (; i + 4 <= rows; i += 4)
-    multiply_tile<T, N, NR, 4>(a + i * row_stride, row_stride, terms, b, c + i * c_stride, c_stride, fresh);
-  for (; i < rows; ++i)
-    multiply_tile<T, N, NR, 1>(a + i * row_stride, row_stride, terms, b, c + i * c_stride, c_stride, fresh);
+  for (; i + kTileRows <= rows; i += kTileRows) tile(Lanes<kTileRows>{}, i);
+  for (; i + 4 <= rows; i += 4) tile(Lanes<4>{}, i);
+  for (; i < rows; ++i) tile(Lanes<1>{}, i);
 }
 
 // The columns of B or C, cut into panels: whole ones of two vectors, then at most one of a single vector. The lanes of
@@ -88,16 +110,16 @@ struct Panels {
   int64_t padded() const { return (2 * whole + half) * lanes; }
 };
 
-// One panel of the product; `b` is the panel's packed rows for these terms.
+// One panel of the product; `b` is the panel's packed rows for these terms. No terms: nothing is written.
 template <class T>
 void multiply_panel(const Panels& panels, int64_t panel, int64_t rows, const T* a, int64_t row_stride, Terms terms,
-                    const T* b, T* c, int64_t c_stride, bool fresh) {
+                    int64_t piece, const T* b, T* c, int64_t c_stride, bool fresh) {
   const auto with = [&](auto lanes) {
     constexpr int n = decltype(lanes)::count;
     if (panel < panels.whole)
-      multiply_rows<T, n, 2>(rows, a, row_stride, terms, b, c, c_stride, fresh);
+      multiply_rows<T, n, 2>(rows, a, row_stride, terms, piece, b, c, c_stride, fresh);
     else
-      multiply_rows<T, n, 1>(rows, a, row_stride, terms, b, c, c_stride, fresh);
+      multiply_rows<T, n, 1>(rows, a, row_stride, terms, piece, b, c, c_stride, fresh);
   };
   constexpr int kMost = kLanes<T>;
   if (panels.lanes == kMost) return with(Lanes<kMost>{});
@@ -105,22 +127,6 @@ void multiply_panel(const Panels& panels, int64_t panel, int64_t rows, const T* 
     if (panels.lanes == kMost / 2) return with(Lanes<kMost / 2>{});
   }
   if constexpr (kMost >= 4) with(Lanes<kMost / 4>{});
-}
-
-// Calls body(terms, first term, whether it is the first piece) for pieces of at most kPiece terms. With `contiguous`
-// stretches (outer_stride = inner) the pieces need not respect them.
-template <class Body>
-void for_each_piece(Terms all, const Body& body) {
-  if (all.outer_stride == all.inner && all.inner_stride == 1) all = {1, 0, all.outer * all.inner, 1};
-  const int64_t inner = all.inner < kPiece ? all.inner : kPiece;
-  const int64_t outer = inner > 0 && inner == all.inner ? kPiece / inner : 1;
-  for (int64_t o = 0; o < all.outer; o += outer)
-    for (int64_t i = 0; i < all.inner; i += inner) {
-      const int64_t outer_left = all.outer - o, inner_left = all.inner - i;
-      const Terms piece = {outer < outer_left ? outer : outer_left, all.outer_stride,
-                           inner < inner_left ? inner : inner_left, all.inner_stride};
-      body(piece, o * all.outer_stride + i * all.inner_stride, o * all.inner + i);
-    }
 }
 
 }  // namespace dcn::DCN_ISA

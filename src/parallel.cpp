@@ -41,24 +41,31 @@ void pause_briefly(int spins) {
 #endif
 }
 
-// libgomp ends the process when it cannot create a thread. So before a team of this thread grows, that many plain
-// threads are started and joined: where that fails the team is as large as it went. Every calling thread has an OpenMP
-// pool of its own, hence thread_local.
+// libgomp ends the process when it cannot create a thread or has no memory for its own records. So before a team of this
+// thread grows, as many plain threads are started and joined: where that fails, the team is as large as it went. Every
+// calling thread has an OpenMP pool of its own, hence thread_local.
 thread_local int proven_threads = 1;
+
+bool some_memory() {
+  void* probe = std::malloc(1 << 20);
+  std::free(probe);
+  return probe != nullptr;
+}
 
 int startable_threads(int wanted) {
   if (wanted <= proven_threads) return wanted;
-  std::thread probes[64];
+  if (!some_memory()) return 1;
+  constexpr int kMost = 256;
+  std::thread probes[kMost];
   int started = 0;
-  const int missing = wanted - 1 < 64 ? wanted - 1 : 64;
+  const int missing = wanted - 1 < kMost ? wanted - 1 : kMost;
   try {
     for (; started < missing; ++started) probes[started] = std::thread([] {});
   } catch (const std::system_error&) {
   } catch (const std::bad_alloc&) {
   }
   for (int i = 0; i < started; ++i) probes[i].join();
-  proven_threads = started == missing ? wanted : started + 1;
-  return proven_threads;
+  return started + 1;
 }
 
 }  // namespace
@@ -89,8 +96,7 @@ Team::Team(int threads, Interrupt interrupt) {
   shared_->next_poll = Clock::now() + kPollInterval;
   // Callers on several threads share the cores instead of each starting a full team.
   const int active = active_teams.fetch_add(1) + 1;
-  threads_ = serial.load() ? 1 : threads / active;
-  threads_ = threads_ <= 1 ? 1 : startable_threads(threads_);
+  threads_ = serial.load() || threads / active < 1 ? 1 : threads / active;
 }
 
 Team::~Team() {
@@ -111,14 +117,15 @@ void Team::work(int64_t items, Item body, const void* context, int thread) {
 }
 
 bool Team::run(int64_t items, Item body, const void* context) {
-  const int64_t wanted = items < threads_ ? items : threads_;
   shared_->next.store(0, std::memory_order_relaxed);
-  if (wanted <= 1) {
+  // The whole team, also for fewer items: OpenMP ends the threads that a smaller team does not need.
+  const int wanted = items > 1 && threads_ > 1 ? startable_threads(threads_) : 1;
+  if (wanted == 1) {
     work(items, body, context, 0);
     return !shared_->stop.load(std::memory_order_relaxed);
   }
-  shared_->working.store(static_cast<int>(wanted), std::memory_order_relaxed);
-#pragma omp parallel num_threads(static_cast<int>(wanted))
+  shared_->working.store(wanted, std::memory_order_relaxed);
+#pragma omp parallel num_threads(wanted)
   {
     const int thread = omp_get_thread_num();
     work(items, body, context, thread);
@@ -126,13 +133,14 @@ bool Team::run(int64_t items, Item body, const void* context) {
       shared_->working.fetch_sub(1, std::memory_order_release);
     } else {
       // The calling thread keeps polling: waiting at the barrier it could not see a Ctrl-C.
-      const int others = static_cast<int>(wanted) - omp_get_num_threads() + 1;
+      const int others = wanted - omp_get_num_threads() + 1;
       for (int spins = 0; shared_->working.load(std::memory_order_acquire) > others; ++spins) {
         pause_briefly(spins);
         if (spins % 64 == 0) shared_->poll();
       }
     }
   }
+  proven_threads = wanted;
   return !shared_->stop.load(std::memory_order_relaxed);
 }
 

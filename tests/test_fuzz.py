@@ -41,7 +41,7 @@ def expected(problem: Problem) -> Expected:
 def draw_problem(seed: int) -> Problem:
     """Case `seed` of the sweep: ranks, dtypes, wide channels and non-finite values in fixed proportions."""
     problem = random_problem(
-        seed, rank=1 + seed % 3, dtype=DTYPES[seed // 3 % 2], vector_channels=seed % 7 == 0,
+        seed, rank=1 + seed % 3, dtype=DTYPES[int(seed // 3 % 3 == 2)], vector_channels=seed % 8 == 0,
         non_finite=seed % 2 == 1, non_finite_values=seed % 10 == 3)
     # Without pixels the results are zeros, and what an infinite mask times none of them is, is not defined.
     if seed % 10 == 3 and problem.mask is not None and problem.mask.size and problem.x.size:
@@ -221,6 +221,19 @@ def test_groups_times_offset_groups(channels, groups, offset_groups):
         in_channels=channels * step if step < 5 else step, out_channels=groups * (channels % 4 + 1),
         groups=groups, offset_groups=offset_groups)
     check_problem(np.random.default_rng(channels), problem)
+
+
+@pytest.mark.parametrize("channels", [64, 128, 256])
+@pytest.mark.parametrize("offset_groups", [1, 2, 3])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_offset_groups_of_many_channels(rank, offset_groups, channels):
+    """Rows of memory of a kilobyte and more, several of them to a pixel."""
+    for number, dtype in enumerate(DTYPES):
+        problem = random_problem(
+            [channels, offset_groups, number], rank=rank, dtype=dtype, batch=2, groups=1, out_channels=2,
+            in_channels=channels * offset_groups, offset_groups=offset_groups, extent=(4,) * rank,
+            kernel=(2,) * rank, stride=(1,) * rank, dilation=(1,) * rank, padding=((1, 0),) * rank)
+        check_problem(np.random.default_rng(channels), problem)
 
 
 def dense_order(array: np.ndarray) -> tuple[int, ...]:

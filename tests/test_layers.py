@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "messages": set(),
     "backends": {"cpu"},
     "cpu": {"backends", "cpu._native", "geometry", "threads"},
-    "threads": {"cpu._native"},
+    "cgroup": set(),
+    "threads": {"cgroup", "cpu._native"},
     "reference": set(),
 }
 

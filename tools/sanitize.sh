@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 python=$(realpath -s "$1/python")
 shift
 export DCN_NP_SANITIZE=address,undefined
+# A sanitized case takes ten times as long; the sweep as a whole runs in the ordinary tests.
+export DCN_NP_FUZZ_CASES=${DCN_NP_FUZZ_CASES:-500}
 folder=build/sanitized
 # Not test_runtime.py: under a sanitizer a failed operator new ends the process.
 tests=("$@")
@@ -34,4 +36,4 @@ for fault in $("$python" tools/canaries.py list); do
 done
 
 sanitized "$python" tools/canaries.py instrumented "$folder"
-sanitized "$python" -m pytest -p no:cacheprovider --hypothesis-profile quick "${tests[@]}"
+sanitized "$python" -m pytest -p no:cacheprovider -n auto --maxprocesses 4 --hypothesis-profile quick "${tests[@]}"
