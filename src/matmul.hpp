@@ -20,41 +20,6 @@ struct Terms {
   int64_t inner, inner_stride;
 };
 
-// A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are added.
-template <class T, int N, int NR, int M>
-__attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_stride, Terms terms,
-                                             const T* __restrict b, T* __restrict c, int64_t c_stride, bool fresh) {
-  using V = Vec<T, N>;
-  V sums[M][NR];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NR; ++j) sums[i][j] = V{};
-
-  for (int64_t outer = 0; outer < terms.outer; ++outer) {
-    const T* step = a + outer * terms.outer_stride;
-    for (int64_t k = 0; k < terms.inner; ++k, step += terms.inner_stride, b += NR * N) {
-      V columns[NR];
-#pragma GCC unroll 2
-      for (int j = 0; j < NR; ++j) columns[j] = load<V>(b + j * N);
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) {
-        const V value = broadcast<V>(step[i * row_stride]);
-#pragma GCC unroll 2
-        for (int j = 0; j < NR; ++j) sums[i][j] += value * columns[j];
-      }
-    }
-  }
-
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NR; ++j) {
-      T* to = c + i * c_stride + j * N;
-      store(to, fresh ? sums[i][j] : load<V>(to) + sums[i][j]);
-    }
-}
-
 // Calls body(terms, distance of the first in A, index of the first) for pieces of at most `most` terms. Stretches that
 // follow each other without a gap are one to a piece.
 template <class Body>
@@ -67,20 +32,54 @@ DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
       const int64_t outer_left = all.outer - o, inner_left = all.inner - i;
       const Terms piece = {outer < outer_left ? outer : outer_left, all.outer_stride,
                            inner < inner_left ? inner : inner_left, all.inner_stride};
-      body(piece, o * all.outer_stride + i * all.inner_stride, o * all.inner + i);
+      body(piece, o * all.outer_stride + i * all.inner_stride);
     }
 }
 
-// Pieces are innermost: the sums of a tile stay in the nearest cache from piece to piece.
+// A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are added.
+template <class T, int N, int NR, int M>
+__attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_stride, Terms terms, int64_t most,
+                                             const T* __restrict b, T* __restrict c, int64_t c_stride, bool fresh) {
+  using V = Vec<T, N>;
+  for_each_piece(terms, most, [&](Terms piece, int64_t distance) __attribute__((always_inline)) {
+    V sums[M][NR];
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < NR; ++j) sums[i][j] = V{};
+
+    for (int64_t outer = 0; outer < piece.outer; ++outer) {
+      const T* step = a + distance + outer * piece.outer_stride;
+      for (int64_t k = 0; k < piece.inner; ++k, step += piece.inner_stride, b += NR * N) {
+        V columns[NR];
+#pragma GCC unroll 2
+        for (int j = 0; j < NR; ++j) columns[j] = load<V>(b + j * N);
+#pragma GCC unroll 16
+        for (int i = 0; i < M; ++i) {
+          const V value = broadcast<V>(step[i * row_stride]);
+#pragma GCC unroll 2
+          for (int j = 0; j < NR; ++j) sums[i][j] += value * columns[j];
+        }
+      }
+    }
+
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < NR; ++j) {
+        T* to = c + i * c_stride + j * N;
+        store(to, fresh ? sums[i][j] : load<V>(to) + sums[i][j]);
+      }
+    fresh = false;
+  });
+}
+
 template <class T, int N, int NR>
 void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, int64_t piece, const T* b, T* c,
                    int64_t c_stride, bool fresh) {
   const auto tile = [&](auto count, int64_t i) {
-    for_each_piece(terms, piece, [&](Terms some, int64_t distance, int64_t first) {
-      multiply_tile<T, N, NR, decltype(count)::count>(a + i * row_stride + distance, row_stride, some,
-                                                      b + first * NR * N, c + i * c_stride, c_stride,
-                                                      fresh && first == 0);
-    });
+    multiply_tile<T, N, NR, decltype(count)::count>(a + i * row_stride, row_stride, terms, piece, b, c + i * c_stride,
+                                                    c_stride, fresh);
   };
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows) tile(Lanes<kTileRows>{}, i);
