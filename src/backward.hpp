@@ -17,7 +17,6 @@
 
 namespace dcn::DCN_ISA {
 
-// weight (out, in, tap) <-> per block and chunk (output of the group, column)
 template <class T, int NDim>
 bool pack_blocks(const BackwardPlan<T, NDim>& plan, const BackwardBuffers<T, NDim>& buffers, Team& team) {
   const T* weight = static_cast<const T*>(plan.arguments.weight);
@@ -26,7 +25,9 @@ bool pack_blocks(const BackwardPlan<T, NDim>& plan, const BackwardBuffers<T, NDi
     const size_t bytes = plan.packed_elements(block) * sizeof(T);
     if (plan.grads_at_x || plan.grads_at_positions) {
       __builtin_memset(block.weights, 0, bytes);
-      plan.for_each_weight(block, [&](int64_t from, int64_t to) { block.weights[to] = weight[from]; });
+      plan.for_each_weight_matrix(block, [&](int64_t channels, int64_t taps, int64_t from, int64_t to, int64_t stride) {
+        transpose_matrix<T>(channels, taps, weight + from, plan.taps, block.weights + to, stride);
+      });
     }
     if (plan.grads_at_weight) __builtin_memset(block.grad_weight, 0, bytes);
   });
@@ -38,7 +39,9 @@ bool unpack_blocks(const BackwardPlan<T, NDim>& plan, const BackwardBuffers<T, N
   T* grad_weight = static_cast<T*>(plan.arguments.grad_weight);
   return team.run(plan.blocks, [&](int64_t item, int) {
     const auto& block = buffers.blocks[item];
-    plan.for_each_weight(block, [&](int64_t to, int64_t from) { grad_weight[to] = block.grad_weight[from]; });
+    plan.for_each_weight_matrix(block, [&](int64_t channels, int64_t taps, int64_t to, int64_t from, int64_t stride) {
+      transpose_matrix<T>(taps, channels, block.grad_weight + from, stride, grad_weight + to, plan.taps);
+    });
   });
 }
 

@@ -101,25 +101,24 @@ struct BackwardPlan : Plan<T, NDim> {
     return columns * this->group_outputs;
   }
 
-  // Calls body(element of weight, element of the packed block) for all of them.
+  // weight is (out, in, tap) and a packed block (chunk, output of the group, column). Calls body(channels, taps, first
+  // element of weight, first element of the packed block, packed distance from tap to tap) for matrices that cover both.
   template <class Body>
-  void for_each_weight(const Block& block, const Body& body) const {
-    const int64_t input = block.first - block.group * (this->depthwise ? 0 : this->group_inputs);
-    if (this->depthwise) {
-      for (int64_t c = 0; c < block.count; ++c)
-        for (int64_t tap = 0; tap < taps; ++tap) body((input + c) * taps + tap, tap * block.count + c);
-      return;
-    }
+  void for_each_weight_matrix(const Block& block, const Body& body) const {
+    if (this->depthwise) return body(block.count, taps, block.first * taps, int64_t{0}, block.count);
+    const int64_t outputs = this->group_outputs, input = block.first - block.group * this->group_inputs;
+    const int64_t chunk_taps = this->chunk_taps(block);
     int64_t packed = 0;
-    for (int64_t chunk = 0; chunk < chunks(block); ++chunk) {
-      const int64_t first = chunk * chunk_taps(block), last = least(first + chunk_taps(block), taps);
-      const int64_t width = panels(block, chunk).padded();
-      for (int64_t output = 0; output < this->group_outputs; ++output, packed += width) {
-        const int64_t row = (block.group * this->group_outputs + output) * terms;
-        for (int64_t tap = first; tap < last; ++tap)
-          for (int64_t c = 0; c < block.count; ++c)
-            body(row + (input + c) * taps + tap, packed + (tap - first) * block.count + c);
-      }
+    for (int64_t tap = 0; tap < taps; tap += chunk_taps) {
+      const int64_t width = panels(block, tap / chunk_taps).padded();
+      // Chunks of a single tap lie at a constant distance, so one matrix takes them all.
+      const bool all = chunk_taps == 1;
+      for (int64_t output = 0; output < outputs; ++output)
+        body(block.count, all ? taps : least(chunk_taps, taps - tap),
+             (block.group * outputs + output) * terms + input * taps + tap, packed + output * width,
+             all ? outputs * width : block.count);
+      if (all) return;
+      packed += outputs * width;
     }
   }
 };

@@ -106,11 +106,16 @@ class PositionPass : public BackwardRound<T, NDim> {
       const int64_t slot = item / (tiles * groups), group = item / tiles % groups;
       const int64_t at = item % tiles * kTilePositions;
       const Tile<NDim> tile(geometry(), first + at, least(kTilePositions, count - at));
-      for (int64_t tap = 0; tap < plan_.taps; ++tap) combine_tap(slot, group, tile, Tap<NDim>(geometry(), tap), at);
+      int64_t begin = 0, end;  // the blocks of the group follow each other
+      while (begin < plan_.blocks && buffers_.blocks[begin].offset_group < group) ++begin;
+      for (end = begin; end < plan_.blocks && buffers_.blocks[end].offset_group == group;) ++end;
+      for (int64_t tap = 0; tap < plan_.taps; ++tap)
+        combine_tap(slot, group, begin, end, tile, Tap<NDim>(geometry(), tap), at);
     });
   }
 
-  void combine_tap(int64_t slot, int64_t group, const Tile<NDim>& tile, const Tap<NDim>& tap, int64_t at) {
+  void combine_tap(int64_t slot, int64_t group, int64_t begin, int64_t end, const Tile<NDim>& tile,
+                   const Tap<NDim>& tap, int64_t at) {
     const Displacement<T, NDim> moved = this->moved(slot, group);
     const Displacement<T, NDim> gradients(arguments_.grad_offset, arguments_.grad_mask, plan_.taps,
                                           first_image_ + slot, group);
@@ -119,7 +124,7 @@ class PositionPass : public BackwardRound<T, NDim> {
       for (int64_t p = 0; p < tile.count; p += L::count) {
         const int64_t position = tile.first + p, count = tile.count - p;
         typename L::Real dots[kDotsEach];
-        sum_dots<L>(slot, group, tap.index, at + p, count, dots);
+        sum_dots<L>(slot, begin, end, tap.index, at + p, count, dots);
         AxisSample<L> axes[NDim];
         locate<L>(geometry(), tile, tap, moved, p, axes);
         const auto mask = moved.template masks<L>(tap.index, position, count);
@@ -131,15 +136,14 @@ class PositionPass : public BackwardRound<T, NDim> {
     });
   }
 
-  // The dots of some positions over all channels of an offset group: its blocks in their order.
+  // The dots of some positions over the channels of blocks [begin, end), in their order.
   template <class L>
-  DCN_INLINE void sum_dots(int64_t slot, int64_t group, int64_t tap, int64_t position, int64_t count,
+  DCN_INLINE void sum_dots(int64_t slot, int64_t begin, int64_t end, int64_t tap, int64_t position, int64_t count,
                            typename L::Real (&dots)[kDotsEach]) {
     using V = Vec<T, kDotsEach>;
     V sums[L::count] = {};
     const int64_t positions = least(L::count, count);
-    for (int64_t index = 0; index < plan_.blocks; ++index) {
-      if (buffers_.blocks[index].offset_group != group) continue;
+    for (int64_t index = begin; index < end; ++index) {
       const T* block = dots_of(slot, index, tap, position);
       for (int64_t i = 0; i < positions; ++i) sums[i] += load<V>(block + i * kDotsEach);
     }
