@@ -25,7 +25,7 @@ struct ForwardPlan : Plan<T, NDim> {
         x(arguments.x, arguments.geometry.in_channels, arguments.geometry.input),
         panels(Panels::of<T>(this->group_outputs)),
         threads(threads) {
-    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 4608 / sizeof(T), kColumnsBytes = 400 << 10;
+    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 4608 / sizeof(T), kColumnsBytes = 400 << 10, kTilesPerThread = 32;
     terms = taps * this->group_inputs;
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
     chunk_taps = ceil_div(taps, ceil_div(taps * channels, kChunkTerms));
@@ -33,19 +33,17 @@ struct ForwardPlan : Plan<T, NDim> {
     sums_stride = this->depthwise ? channels : geometry.groups * panels.padded();
 
     const int64_t per_position = (columns_stride + 1) * sizeof(T);
-    int64_t most = kColumnsBytes / per_position / kTileRows * kTileRows;
-    if (most > kTilePositions) most = kTilePositions;
-    if (most < 2 * kTileRows) most = 2 * kTileRows;
-    // Enough tiles to keep every thread busy: a tile never changes the bits of a result.
-    const int64_t fair = ceil_div(ceil_div(positions, 4 * threads), kTileRows) * kTileRows;
-    const bool scarce = geometry.batch * ceil_div(positions, most) < 4 * threads;
-    tile_positions = scarce && fair < most ? fair : most;
+    const int64_t fitting = kColumnsBytes / per_position / kTileRows * kTileRows;
+    const int64_t most = clamp(fitting, 2 * kTileRows, kTilePositions);
+    // Enough tiles that no thread waits long for the last one: a tile never changes the bits of a result.
+    const int64_t fair = ceil_div(ceil_div(geometry.batch * positions, kTilesPerThread * threads), kTileRows);
+    tile_positions = threads == 1 ? most : clamp(fair * kTileRows, 2 * kTileRows, most);
     tiles = ceil_div(positions, tile_positions);
 
     constexpr size_t kRoundBytes = 2 << 20;
     const size_t image_bytes = x.buffer_elements() * sizeof(T) + 1;
-    const int64_t fitting = static_cast<int64_t>(kRoundBytes * threads / image_bytes);
-    round_images = x.in_place || fitting > geometry.batch ? geometry.batch : fitting > 1 ? fitting : 1;
+    const int64_t images = static_cast<int64_t>(kRoundBytes * threads / image_bytes);
+    round_images = x.in_place ? geometry.batch : clamp(images, 1, geometry.batch);
   }
   const T* packed(const T* weights, int64_t group, int64_t panel) const {
     return weights + (group * panels.padded() + panels.first(panel)) * terms;
@@ -113,11 +111,9 @@ class ForwardRun {
       : arguments_(arguments), plan_(plan), buffers_(buffers), team_(team) {}
 
   bool run() {
-    if (!pack()) return false;
     for (int64_t first = 0; first < geometry().batch; first += plan_.round_images) {
-      const int64_t left = geometry().batch - first;
-      const int64_t images = left < plan_.round_images ? left : plan_.round_images;
-      if (!copy(first, images) || !tiles(first, images)) return false;
+      const int64_t images = least(plan_.round_images, geometry().batch - first);
+      if (!prepare(first, images) || !tiles(first, images)) return false;
     }
     return true;
   }
@@ -127,29 +123,29 @@ class ForwardRun {
   const Geometry& geometry() const { return plan_.geometry; }
   T* image_buffer(int64_t slot) const { return buffers_.x + slot * plan_.x.buffer_elements(); }
 
-  bool pack() {
-    const T* weight = static_cast<const T*>(arguments_.weight);
-    if (plan_.depthwise) {
-      transpose_matrix<T>(geometry().in_channels, plan_.taps, weight, plan_.taps, buffers_.weights,
-                          geometry().in_channels);
-      return true;
-    }
-    const int64_t panels = plan_.panels.count();
-    return team_.run(geometry().groups * panels, [&](int64_t item, int) {
-      const int64_t group = item / panels, panel = item % panels;
-      pack_weights(plan_, weight, group, panel, const_cast<T*>(plan_.packed(buffers_.weights, group, panel)));
+  // Channels-last copies of the images of a round; before the first also the packed weights.
+  bool prepare(int64_t first, int64_t images) {
+    const int64_t copies = plan_.x.copy_items(), panels = plan_.depthwise ? 1 : plan_.panels.count();
+    const int64_t packs = first > 0 ? 0 : plan_.depthwise ? 1 : geometry().groups * panels;
+    return team_.run(packs + copies * images, [&](int64_t item, int) {
+      if (item < packs) return pack(item / panels, item % panels);
+      copy(first, (item - packs) / copies, (item - packs) % copies);
     });
   }
 
-  bool copy(int64_t first, int64_t images) {
-    const int64_t items = plan_.x.copy_items();
-    if (items == 0) return true;
+  void pack(int64_t group, int64_t panel) {
+    const T* weight = static_cast<const T*>(arguments_.weight);
+    if (plan_.depthwise)
+      transpose_matrix<T>(geometry().in_channels, plan_.taps, weight, plan_.taps, buffers_.weights,
+                          geometry().in_channels);
+    else
+      pack_weights(plan_, weight, group, panel, const_cast<T*>(plan_.packed(buffers_.weights, group, panel)));
+  }
+
+  void copy(int64_t first, int64_t slot, int64_t item) {
     const int64_t channels = plan_.offset_group_channels;
-    return team_.run(items * images, [&](int64_t item, int) {
-      const int64_t slot = item / items;
-      for (int64_t group = 0; group < geometry().offset_groups; ++group)
-        plan_.x.copy_in(first + slot, item % items, image_buffer(slot), group * channels, channels);
-    });
+    for (int64_t group = 0; group < geometry().offset_groups; ++group)
+      plan_.x.copy_in(first + slot, item, image_buffer(slot), group * channels, channels);
   }
 
   bool tiles(int64_t first, int64_t images) {

@@ -94,7 +94,7 @@ struct Rows {
   }
 };
 
-constexpr int64_t kCopyPixels = 512;  // pixels of one item of a copy
+constexpr int64_t kCopyPixels = 256;  // pixels of one item of a copy
 
 // How the kernels reach the pixels of an array of images: in place where channels are contiguous, else through a
 // channels-last buffer of one image. The buffer holds parts of the channels one after the other, [part][pixel][channel],

@@ -10,6 +10,9 @@ namespace dcn::DCN_ISA {
 
 DCN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 DCN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+DCN_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
+  return value < low ? low : value > high ? high : value;
+}
 
 template <class T, int NDim>
 struct Plan {
