@@ -3,7 +3,8 @@
     deform_conv ─► geometry, arrays        what comes in is checked once
                 └► backends ─► cpu ─► _native ─► C++ for one instruction set
 
-Each module imports only what stands to its right or below; ARCHITECTURE.md says which file answers which question.
+Each module imports only what stands to its right or below. ARCHITECTURE.md says which file answers which
+question.
 """
 
 from .backends import Gradients

@@ -1,7 +1,7 @@
 """What a backend provides, and which backend computes on given arrays.
 
-A backend is a module. It is handed arrays and a `Geometry` that fit together (geometry.py has checked them) and
-computes; it never raises about arguments.
+A backend is a module. It is handed arrays and a `Geometry` that fit together (geometry.py has checked them)
+and computes; it never raises about arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,23 @@ if TYPE_CHECKING:
 
 
 class Gradients(NamedTuple):
-    """The gradients of a deformable convolution, named after the inputs; None where not computed."""
+    """The gradients of a deformable convolution, named after the inputs; None where not computed.
+
+    Each has the shape and dtype of its input, and follows its memory order.
+
+    Parameters
+    ----------
+    x : array or None
+        By the image.
+    offset : array or None
+        By the offsets; always None for ``offset=None``.
+    mask : array or None
+        By the mask; always None for v1 and for ``mask=None``.
+    weight : array or None
+        By the filters.
+    bias : array or None
+        By the bias, (out_channels,), whether the convolution had one or not.
+    """
 
     x: Any = None
     offset: Any = None
@@ -23,10 +39,18 @@ class Gradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """The functions of a backend module; v1 is the call with mask=None, the rigid grid that with offset=None."""
+    """The functions of a backend module; v1 is the call with mask=None, the rigid grid with offset=None."""
 
     def deform_conv(
-        self, geometry: Geometry, x: Any, offset: Any, mask: Any, weight: Any, bias: Any, out: Any, float32_matmul: str
+        self,
+        geometry: Geometry,
+        x: Any,
+        offset: Any,
+        mask: Any,
+        weight: Any,
+        bias: Any,
+        out: Any,
+        float32_matmul: str,
     ) -> Any:
         """Return the convolution, in `out` if it is not None, else in a new array in x's memory order."""
 

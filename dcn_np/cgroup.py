@@ -1,4 +1,4 @@
-"""The processor time that the control groups of this process allow: what a container may use of its machine."""
+"""The processor time that the control groups of this process allow: what a container may use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the least quota of the process's groups and their ancestors, in CPUs; None where nothing bounds it.
+    """Return the least quota of the process's groups and their ancestors, in CPUs; None without one.
 
     Versions 1 and 2 of control groups are read, also side by side.
     """
@@ -16,7 +16,7 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """List the groups that may bound this process: its own and their ancestors, down to where they are mounted."""
+    """List the groups that may bound this process: its own and their ancestors, up to the mount."""
     mount = root / "sys/fs/cgroup"
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)

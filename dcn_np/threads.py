@@ -1,4 +1,4 @@
-"""How many threads a call may use: ours if set, and never more than OpenMP, the affinity mask and the cgroup allow."""
+"""How many threads a call may use: what was set, and never more than the surroundings allow."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def set_num_threads(n: int | None) -> None:
 
     See Also
     --------
-    num_threads : the same for a block of code.
+    num_threads : The same for a block of code.
     """
     global _process
     _process = None if n is None else _checked(n)
@@ -43,8 +43,9 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        The least of: `num_threads` or `set_num_threads` or ``DCN_NP_NUM_THREADS`` (the first that is set), what
-        OpenMP would start (``OMP_NUM_THREADS``, threadpoolctl), the affinity mask, the CPU quota of the cgroup.
+        The least of: `num_threads` or `set_num_threads` or ``DCN_NP_NUM_THREADS`` (the first that is set),
+        what OpenMP would start (``OMP_NUM_THREADS``, threadpoolctl), the affinity mask, the CPU quota of the
+        cgroup.
     """
     exact = _exact.get()
     if exact is not None:
@@ -68,7 +69,7 @@ def num_threads(n: int | None) -> Iterator[None]:
 
     See Also
     --------
-    set_num_threads : the same for the process.
+    set_num_threads : The same for the process.
     """
     token = _context.set(None if n is None else _checked(n))
     try:

@@ -4,6 +4,7 @@
 #include <omp.h>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/mman.h>
 #endif
 
 #include <atomic>
@@ -161,9 +162,17 @@ void run_serially() {
 }
 
 void* allocate(size_t bytes) {
-  constexpr size_t kAlignment = 64;
-  if (bytes > SIZE_MAX - kAlignment) return nullptr;
-  return std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  // Large blocks in huge pages where the system has them: a fault per 2 MB, and fewer misses of the page tables when
+  // corners are gathered from all over an image.
+  constexpr size_t kAlignment = 64, kHugePage = 2 << 20;
+  const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
+  if (bytes > SIZE_MAX - alignment) return nullptr;
+  const size_t whole = (bytes + alignment - 1) / alignment * alignment;
+  void* memory = std::aligned_alloc(alignment, whole);
+#if defined(MADV_HUGEPAGE)
+  if (memory && alignment == kHugePage) madvise(memory, whole, MADV_HUGEPAGE);
+#endif
+  return memory;
 }
 
 void release(void* memory) { std::free(memory); }

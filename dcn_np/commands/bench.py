@@ -24,6 +24,7 @@ import dcn_np
 from dcn_np.commands import machine
 from dcn_np.commands.bench_problems import PROBLEMS, Data, Problem
 from dcn_np.commands.bench_timing import Case, Implementation, Work, in_round_ratio, time_problem
+from dcn_np.threads import exactly
 
 SCHEMA = 1
 DTYPES = ("float32", "float64")
@@ -59,7 +60,7 @@ class DcnNp:
 
         def settings() -> contextlib.ExitStack:
             stack = contextlib.ExitStack()
-            stack.enter_context(dcn_np.num_threads(threads))
+            stack.enter_context(exactly(threads))  # torch may have limited the OpenMP that it shares with us
             if self.isa:
                 stack.enter_context(dcn_np.use_isa(self.isa))
             return stack

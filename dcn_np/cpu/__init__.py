@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import numpy
@@ -22,7 +23,13 @@ _DTYPES = {numpy.dtype(name): number for number, name in enumerate(_native.dtype
 
 
 def available_isas() -> tuple[str, ...]:
-    """Return the names of the instruction sets that this build has and this processor supports, weakest first."""
+    """Return the names of the instruction sets that a call can use here.
+
+    Returns
+    -------
+    tuple of str
+        Those that this build has and this processor supports, weakest first.
+    """
     return tuple(name for name, supported in reversed(_native.isas()) if supported)
 
 
@@ -30,7 +37,8 @@ def _chosen_isa() -> int:
     # An unknown or unsupported name is refused: running something else would hide what was measured.
     name = os.environ.get("DCN_NP_ISA") or available_isas()[-1]
     if name not in available_isas():
-        raise ImportError(f"DCN_NP_ISA is {name!r}; this build and processor have {', '.join(available_isas())}")
+        names = ", ".join(available_isas())
+        raise ImportError(f"DCN_NP_ISA is {name!r}; this build and processor have {names}")
     return _ISAS.index(name)
 
 
@@ -39,7 +47,13 @@ _context_isa: ContextVar[int | None] = ContextVar("dcn_np_isa", default=None)
 
 
 def isa() -> str:
-    """Return the name of the instruction set that calls made here and now use."""
+    """Return the name of the instruction set that calls made here and now use.
+
+    Returns
+    -------
+    str
+        One of `available_isas`.
+    """
     return _ISAS[_isa()]
 
 
@@ -67,7 +81,7 @@ def deform_conv(
     """Compute the forward pass; a CPU is always strict about float32."""
     if out is None:
         out = numpy.empty_like(x, shape=geometry.output_shape)
-    result = out if _is_flat(out) else numpy.empty(geometry.output_shape, out.dtype)
+    result = _flat_place(out)
     _native.deform_conv(
         *_how(geometry),
         _in_elements(x),
@@ -93,13 +107,17 @@ def deform_conv_backward(
 ) -> Gradients:
     """Compute the gradients in `needs`; a CPU is always deterministic and strict."""
     asked = Gradients(
-        *(numpy.empty_like(array) if name in needs else None for name, array in zip(("x", "offset", "mask", "weight"), (x, offset, mask, weight), strict=True)),
+        numpy.empty_like(x) if "x" in needs else None,
+        numpy.empty_like(offset) if "offset" in needs else None,
+        numpy.empty_like(mask) if "mask" in needs else None,
+        numpy.empty_like(weight) if "weight" in needs else None,
         numpy.empty(geometry.out_channels, geometry.dtype) if "bias" in needs else None,
     )
     computed = Gradients(
         asked.x,
-        *(a if a is None or _is_flat(a) else numpy.empty(a.shape, a.dtype) for a in (asked.offset, asked.mask)),
-        asked.weight if asked.weight is None or asked.weight.flags.c_contiguous else numpy.empty(weight.shape, weight.dtype),
+        _flat_place(asked.offset),
+        _flat_place(asked.mask),
+        _contiguous_place(asked.weight),
         asked.bias,
     )
     _native.deform_conv_backward(
@@ -119,7 +137,7 @@ def _isa() -> int:
     return _process_isa if chosen is None else chosen
 
 
-def _how(geometry: Geometry) -> tuple[Any, ...]:
+def _how(geometry: Geometry) -> tuple[int, int, int, Any]:
     return _isa(), _DTYPES[geometry.dtype], get_num_threads(), geometry.struct
 
 
@@ -146,7 +164,12 @@ def _is_flat(array: Any) -> bool:
     if not flags.aligned or any(stride % array.itemsize for stride in array.strides):
         return False
     axes = [(n, stride) for n, stride in zip(array.shape[2:], array.strides[2:], strict=True) if n != 1]
-    return all(outer == n * stride for (_, outer), (n, stride) in zip(axes, axes[1:], strict=False))
+    return all(outer == n * stride for (_, outer), (n, stride) in pairwise(axes))
+
+
+def _is_contiguous(array: Any) -> bool:
+    flags = array.flags
+    return bool(flags.c_contiguous and flags.aligned)
 
 
 def _flat(array: Any) -> Any:
@@ -154,6 +177,13 @@ def _flat(array: Any) -> Any:
 
 
 def _contiguous(array: Any) -> Any:
-    if array is None or (array.flags.c_contiguous and array.flags.aligned):
-        return array
-    return array.copy("C")
+    return array if array is None or _is_contiguous(array) else array.copy("C")
+
+
+def _flat_place(wanted: Any) -> Any:
+    """Return where the kernels write for `wanted`: itself, or an array to copy from."""
+    return wanted if wanted is None or _is_flat(wanted) else numpy.empty(wanted.shape, wanted.dtype)
+
+
+def _contiguous_place(wanted: Any) -> Any:
+    return wanted if wanted is None or _is_contiguous(wanted) else numpy.empty(wanted.shape, wanted.dtype)

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""Arrays to pointers: calls the C++ kernels with the GIL released. No policy and no checks of arguments here."""
+"""Arrays to pointers: calls the C++ kernels with the GIL released. No policy, no checks of arguments."""
 
 from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t

@@ -14,15 +14,16 @@ namespace DCN_NAMESPACE {
 
 template <class Lanes>
 struct AxisSample {
-  typename Lanes::Index cell;       // the lower neighbour, 0 where the coordinate is outside
-  typename Lanes::Real weight[2];   // of the lower and the upper neighbour, 0 where that lies outside the image
-  typename Lanes::Mask inside[2];   // whether each neighbour lies in the image, for a coordinate inside the support
+  typename Lanes::Index cell;      // the lower neighbour, 0 where the coordinate is outside
+  typename Lanes::Real weight[2];  // of the lower and the upper neighbour, 0 where that is outside the image
+  typename Lanes::Mask inside[2];  // whether each neighbour is in the image, for a coordinate in the support
   typename Lanes::RealMask is_nan;
 };
 
 // base: the tap's position on the rigid grid. No value of `offset` can make `cell` leave [-1, extent).
 template <class Lanes>
-DCN_INLINE AxisSample<Lanes> locate_axis(typename Lanes::Real offset, typename Lanes::Index base, int64_t extent) {
+DCN_INLINE AxisSample<Lanes> locate_axis(typename Lanes::Real offset, typename Lanes::Index base,
+                                         int64_t extent) {
   using Real = typename Lanes::Real;
   using Index = typename Lanes::Index;
   const Real zero = {};
@@ -35,7 +36,8 @@ DCN_INLINE AxisSample<Lanes> locate_axis(typename Lanes::Real offset, typename L
   Real floor = Lanes::select(truncated > safe, truncated - Lanes::real(1), truncated);
   in_range = in_range & (floor > -limit);
   Real fraction = safe - floor;
-  const auto carry = fraction >= Lanes::real(1);  // a tiny negative offset: the fraction rounded up to the next cell
+  // A tiny negative offset: the fraction was rounded up to the next cell.
+  const auto carry = fraction >= Lanes::real(1);
   fraction = Lanes::select(carry, zero, fraction);
   floor = Lanes::select(carry, floor + Lanes::real(1), floor);
 
@@ -57,9 +59,10 @@ DCN_INLINE constexpr int corner_bit(int corner, int axis) {
   return (corner >> (NDim - 1 - axis)) & 1;
 }
 
-// The product of the axis weights of a corner; with `skip` >= 0 that axis is left out (what the derivative along it needs).
+// The product of the axis weights of a corner; with `skip` >= 0 that axis is left out, as its derivative needs.
 template <class Lanes, int NDim>
-DCN_INLINE typename Lanes::Real corner_weight(const AxisSample<Lanes> (&axes)[NDim], int corner, int skip = -1) {
+DCN_INLINE typename Lanes::Real corner_weight(const AxisSample<Lanes> (&axes)[NDim], int corner,
+                                              int skip = -1) {
   typename Lanes::Real weight = Lanes::real(1);
   for (int axis = 0; axis < NDim; ++axis)
     if (axis != skip) weight = weight * axes[axis].weight[corner_bit<NDim>(corner, axis)];
@@ -98,7 +101,8 @@ DCN_INLINE PositionGradients<Lanes, NDim> position_gradients(const AxisSample<La
   const Real zero = {};
   const auto nan = any_nan<Lanes, NDim>(axes);
   auto supported = axes[0].inside[0] | axes[0].inside[1];
-  for (int axis = 1; axis < NDim; ++axis) supported = supported & (axes[axis].inside[0] | axes[axis].inside[1]);
+  for (int axis = 1; axis < NDim; ++axis)
+    supported = supported & (axes[axis].inside[0] | axes[axis].inside[1]);
   const auto outside = ~Lanes::narrow(supported);
 
   // sum over corners of weight x dot, where the weight is not 0 and the corner is in the image
