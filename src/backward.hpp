@@ -25,9 +25,10 @@ bool pack_blocks(const BackwardPlan<T, NDim>& plan, const BackwardBuffers<T, NDi
     const size_t bytes = plan.packed_elements(block) * sizeof(T);
     if (plan.grads_at_x || plan.grads_at_positions) {
       __builtin_memset(block.weights, 0, bytes);
-      plan.for_each_weight_matrix(block, [&](int64_t channels, int64_t taps, int64_t from, int64_t to, int64_t stride) {
-        transpose_matrix<T>(channels, taps, weight + from, plan.taps, block.weights + to, stride);
-      });
+      plan.for_each_weight_matrix(
+          block, [&](int64_t channels, int64_t taps, int64_t from, int64_t to, int64_t stride) {
+            transpose_matrix<T>(channels, taps, weight + from, plan.taps, block.weights + to, stride);
+          });
     }
     if (plan.grads_at_weight) __builtin_memset(block.grad_weight, 0, bytes);
   });
@@ -39,9 +40,10 @@ bool unpack_blocks(const BackwardPlan<T, NDim>& plan, const BackwardBuffers<T, N
   T* grad_weight = static_cast<T*>(plan.arguments.grad_weight);
   return team.run(plan.blocks, [&](int64_t item, int) {
     const auto& block = buffers.blocks[item];
-    plan.for_each_weight_matrix(block, [&](int64_t channels, int64_t taps, int64_t to, int64_t from, int64_t stride) {
-      transpose_matrix<T>(taps, channels, block.grad_weight + from, stride, grad_weight + to, plan.taps);
-    });
+    plan.for_each_weight_matrix(
+        block, [&](int64_t channels, int64_t taps, int64_t to, int64_t from, int64_t stride) {
+          transpose_matrix<T>(taps, channels, block.grad_weight + from, stride, grad_weight + to, plan.taps);
+        });
   });
 }
 
@@ -49,7 +51,8 @@ template <class T, int NDim>
 bool run_backward(const BackwardPlan<T, NDim>& plan, const BackwardBuffers<T, NDim>& buffers, Team& team) {
   const Geometry& geometry = plan.geometry;
   if (!pack_blocks(plan, buffers, team)) return false;
-  if (plan.arguments.grad_bias) __builtin_memset(plan.arguments.grad_bias, 0, geometry.out_channels * sizeof(T));
+  if (plan.arguments.grad_bias)
+    __builtin_memset(plan.arguments.grad_bias, 0, geometry.out_channels * sizeof(T));
   BackwardRound<T, NDim> copies(plan, buffers, team);
   PositionPass<T, NDim> positions(plan, buffers, team);
   WeightPass<T, NDim> weights(plan, buffers, team);
@@ -66,9 +69,8 @@ bool run_backward(const BackwardPlan<T, NDim>& plan, const BackwardBuffers<T, ND
 template <class T, int NDim>
 Status backward(const BackwardArguments& arguments, Team& team) {
   const BackwardPlan<T, NDim> plan(arguments, team.threads());
-  return with_workspace<BackwardBuffers<T, NDim>>(plan, [&](const BackwardBuffers<T, NDim>& buffers) {
-    return run_backward(plan, buffers, team);
-  });
+  return with_workspace<BackwardBuffers<T, NDim>>(
+      plan, [&](const BackwardBuffers<T, NDim>& buffers) { return run_backward(plan, buffers, team); });
 }
 
 }  // namespace dcn::DCN_ISA

@@ -24,10 +24,10 @@ struct BackwardPlan : Plan<T, NDim> {
   int threads;
   bool grads_at_x, grads_at_positions, grads_at_weight;  // which of the three parts are asked for
   bool grad_output_in_place;
-  int64_t grad_output_stride;    // from position to position, in elements
+  int64_t grad_output_stride;  // from position to position, in elements
   int64_t block_channels, blocks;
-  int64_t strip, strips;         // positions
-  int64_t terms;                 // taps x inputs of a weight group
+  int64_t strip, strips;  // positions
+  int64_t terms;          // taps x inputs of a weight group
   int64_t round_images;
 
   BackwardPlan(const BackwardArguments& arguments, int threads)
@@ -55,14 +55,16 @@ struct BackwardPlan : Plan<T, NDim> {
 
     constexpr int64_t kDotsBytes = 6 << 20;
     const int64_t per_position = blocks * taps * kCorners<NDim> * static_cast<int64_t>(sizeof(T));
-    const int64_t fitting = per_position > 0 ? kDotsBytes / per_position / kTilePositions * kTilePositions : positions;
+    const int64_t fitting =
+        per_position > 0 ? kDotsBytes / per_position / kTilePositions * kTilePositions : positions;
     strip = !grads_at_positions ? positions : fitting > 4 * kTilePositions ? fitting : 4 * kTilePositions;
     strip = least(strip, positions) > 0 ? least(strip, positions) : 1;
     strips = ceil_div(positions, strip);
 
     constexpr size_t kRoundBytes = 2 << 20;
-    const size_t image_bytes = (x.buffer_elements() + grad_x_elements() + grad_output_elements()) * sizeof(T) +
-                               static_cast<size_t>(dots_elements()) * sizeof(T) + 1;
+    const size_t image_bytes =
+        (x.buffer_elements() + grad_x_elements() + grad_output_elements()) * sizeof(T) +
+        static_cast<size_t>(dots_elements()) * sizeof(T) + 1;
     const int64_t images = static_cast<int64_t>(kRoundBytes * threads / image_bytes);
     round_images = least(images > 1 ? images : 1, geometry.batch);
   }

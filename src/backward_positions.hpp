@@ -28,19 +28,19 @@ class PositionPass : public BackwardRound<T, NDim> {
 
  private:
   using Round = BackwardRound<T, NDim>;
-  using typename Round::PackedBlock;
-  using typename Round::Thread;
   using Round::arguments_;
   using Round::buffers_;
   using Round::first_image_;
   using Round::geometry;
   using Round::grad_output_of;
+  using Round::grad_x_of;
   using Round::images_;
   using Round::moved;
   using Round::plan_;
   using Round::team_;
   using Round::x_of;
-  using Round::grad_x_of;
+  using typename Round::PackedBlock;
+  using typename Round::Thread;
   static constexpr int kDotsEach = kCorners<NDim>;
 
   T* dots_of(int64_t slot, int64_t block, int64_t tap, int64_t position) const {
@@ -68,8 +68,8 @@ class PositionPass : public BackwardRound<T, NDim> {
     for (int64_t chunk = 0; chunk < plan_.chunks(block); ++chunk) {
       const Panels panels = plan_.panels(block, chunk);
       const int64_t width = panels.padded(), first = chunk * plan_.chunk_taps(block);
-      multiply_panel<T>(panels, 0, tile.count, grad_output, stride, Terms{1, 0, outputs, 1}, kPiece, weights, mine.columns,
-                        width, true);
+      multiply_panel<T>(panels, 0, tile.count, grad_output, stride, Terms{1, 0, outputs, 1}, kPiece, weights,
+                        mine.columns, width, true);
       for (int64_t tap = first; tap < least(first + plan_.chunk_taps(block), plan_.taps); ++tap) {
         const T* columns = mine.columns + (tap - first) * block.count;
         scatter_tap(slot, index, tile, tap, at, mine, [=](auto lanes, int64_t p, int64_t c) {
@@ -85,8 +85,7 @@ class PositionPass : public BackwardRound<T, NDim> {
                    const Gradient& gradient) {
     const Block& block = buffers_.blocks[index];
     locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved(slot, block.offset_group),
-                   x_of(slot, block), buffers_.zeros, grad_x_of(slot, block),
-                   mine.nowhere, *mine.corners);
+                   x_of(slot, block), buffers_.zeros, grad_x_of(slot, block), mine.nowhere, *mine.corners);
     T* dots = plan_.grads_at_positions ? dots_of(slot, index, tap, at) : nullptr;
     const auto pass = [&](int64_t channels) __attribute__((always_inline)) {
       if (!plan_.grads_at_positions)
@@ -138,8 +137,8 @@ class PositionPass : public BackwardRound<T, NDim> {
 
   // The dots of some positions over the channels of blocks [begin, end), in their order.
   template <class L>
-  DCN_INLINE void sum_dots(int64_t slot, int64_t begin, int64_t end, int64_t tap, int64_t position, int64_t count,
-                           typename L::Real (&dots)[kDotsEach]) {
+  DCN_INLINE void sum_dots(int64_t slot, int64_t begin, int64_t end, int64_t tap, int64_t position,
+                           int64_t count, typename L::Real (&dots)[kDotsEach]) {
     using V = Vec<T, kDotsEach>;
     V sums[L::count] = {};
     const int64_t positions = least(L::count, count);

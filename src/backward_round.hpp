@@ -40,7 +40,8 @@ class BackwardRound {
     return team_.run(items * images_, [&](int64_t item, int) {
       const int64_t slot = item / items;
       plan_.for_each_block([&](const Block& block) {
-        plan_.grad_x.copy_out(first_image_ + slot, item % items, grad_x_buffer(slot), block.first, block.count);
+        plan_.grad_x.copy_out(first_image_ + slot, item % items, grad_x_buffer(slot), block.first,
+                              block.count);
       });
     });
   }
@@ -89,7 +90,8 @@ class BackwardRound {
   }
 
   void clear_grad_x(int64_t slot, int64_t item) {
-    const int64_t pixels = plan_.grad_x.pixels, first = item * kCopyPixels, end = least(first + kCopyPixels, pixels);
+    const int64_t pixels = plan_.grad_x.pixels, first = item * kCopyPixels,
+                  end = least(first + kCopyPixels, pixels);
     plan_.for_each_block([&](const Block& block) {
       const Pixels<NDim> view = grad_x_of(slot, block);
       for (int64_t pixel = first; pixel < end; ++pixel) {

@@ -35,8 +35,6 @@ class WeightPass : public BackwardRound<T, NDim> {
 
  private:
   using Round = BackwardRound<T, NDim>;
-  using typename Round::PackedBlock;
-  using typename Round::Thread;
   using Round::arguments_;
   using Round::buffers_;
   using Round::first_image_;
@@ -47,9 +45,13 @@ class WeightPass : public BackwardRound<T, NDim> {
   using Round::plan_;
   using Round::team_;
   using Round::x_of;
+  using typename Round::PackedBlock;
+  using typename Round::Thread;
 
   // Chunks of taps that are summed on their own; a depthwise block has no matrices, and a chunk is a tap.
-  int64_t weight_chunks(const Block& block) const { return plan_.depthwise ? plan_.taps : plan_.chunks(block); }
+  int64_t weight_chunks(const Block& block) const {
+    return plan_.depthwise ? plan_.taps : plan_.chunks(block);
+  }
 
   void weigh(const PackedBlock& block, int64_t first_chunk, int64_t last_chunk, int thread) {
     for (int64_t slot = 0; slot < images_; ++slot)
@@ -80,35 +82,39 @@ class WeightPass : public BackwardRound<T, NDim> {
     }
   }
 
-  void weigh_piece(int64_t slot, const PackedBlock& block, int64_t chunk, int64_t first, int64_t count, Thread& mine) {
+  void weigh_piece(int64_t slot, const PackedBlock& block, int64_t chunk, int64_t first, int64_t count,
+                   Thread& mine) {
     const int64_t chunk_taps = plan_.chunk_taps(block), first_tap = chunk * chunk_taps;
     const int64_t outputs = plan_.group_outputs, stride = plan_.grad_output_stride;
     const Panels panels = plan_.panels(block, chunk);
     const int64_t width = panels.padded();
     T* grad_weight = block.grad_weight;
     for (int64_t i = 0; i < chunk; ++i) grad_weight += plan_.panels(block, i).padded() * outputs;
-    for_each_sampled_tap(slot, block, first_tap, least(chunk_taps, plan_.taps - first_tap), first, count, mine,
-                         [&](const Tile<NDim>& tile, int64_t at, int64_t tap) {
-                           gather_columns<T, NDim>(*mine.samples, tile.count, block.count,
-                                                   mine.columns + at * width + (tap - first_tap) * block.count, width);
+    for_each_sampled_tap(slot, block, first_tap, least(chunk_taps, plan_.taps - first_tap), first, count,
+                         mine, [&](const Tile<NDim>& tile, int64_t at, int64_t tap) {
+                           gather_columns<T, NDim>(
+                               *mine.samples, tile.count, block.count,
+                               mine.columns + at * width + (tap - first_tap) * block.count, width);
                          });
     const T* grad_output = grad_output_of(slot) + first * stride + block.group * outputs;
-    multiply_panel<T>(panels, 0, outputs, grad_output, 1, Terms{1, 0, count, stride}, kPiece, mine.columns, grad_weight, width,
-                      false);
+    multiply_panel<T>(panels, 0, outputs, grad_output, 1, Terms{1, 0, count, stride}, kPiece, mine.columns,
+                      grad_weight, width, false);
   }
 
-  void weigh_piece_per_channel(int64_t slot, const PackedBlock& block, int64_t tap, int64_t first, int64_t count,
-                               Thread& mine) {
+  void weigh_piece_per_channel(int64_t slot, const PackedBlock& block, int64_t tap, int64_t first,
+                               int64_t count, Thread& mine) {
     T* piece = mine.columns;
     __builtin_memset(piece, 0, block.count * sizeof(T));
     const int64_t stride = plan_.grad_output_stride;
-    for_each_sampled_tap(slot, block, tap, 1, first, count, mine, [&](const Tile<NDim>& tile, int64_t at, int64_t) {
-      const T* grad_output = grad_output_of(slot) + (first + at) * stride + block.first;
-      gather<T, NDim>(*mine.samples, tile.count, block.count, [&](auto, int64_t p, int64_t c, auto sample) {
-        using V = decltype(sample);
-        store(piece + c, load<V>(piece + c) + sample * load<V>(grad_output + p * stride + c));
-      });
-    });
+    for_each_sampled_tap(
+        slot, block, tap, 1, first, count, mine, [&](const Tile<NDim>& tile, int64_t at, int64_t) {
+          const T* grad_output = grad_output_of(slot) + (first + at) * stride + block.first;
+          gather<T, NDim>(
+              *mine.samples, tile.count, block.count, [&](auto, int64_t p, int64_t c, auto sample) {
+                using V = decltype(sample);
+                store(piece + c, load<V>(piece + c) + sample * load<V>(grad_output + p * stride + c));
+              });
+        });
     T* grad_weight = block.grad_weight + tap * block.count;
     for (int64_t c = 0; c < block.count; ++c) grad_weight[c] += piece[c];
   }

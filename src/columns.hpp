@@ -11,13 +11,14 @@
 
 namespace dcn::DCN_ISA {
 
-constexpr int kTilePositions = 96;  // the most positions in one tile
+constexpr int kTilePositions = 96;    // the most positions in one tile
 constexpr int kGatherPositions = 64;  // the same for the columns of grad_weight: divides a piece of the sum
 
 template <int NDim>
 constexpr int kCorners = 1 << NDim;
 
-constexpr int kMostLanes = NarrowLanes::count > WideLanes<float>::count ? NarrowLanes::count : WideLanes<float>::count;
+constexpr int kMostLanes =
+    NarrowLanes::count > WideLanes<float>::count ? NarrowLanes::count : WideLanes<float>::count;
 static_assert(kTilePositions % kMostLanes == 0);
 
 // A run of positions of one image, in the flat order of the output.
@@ -35,7 +36,8 @@ struct Tile {
     for (int64_t p = 0; p < count; ++p) {
       for (int axis = 0; axis < NDim; ++axis)
         origin[axis][p] = at[axis] * geometry.stride[axis] - geometry.padding[axis];
-      for (int axis = NDim - 1; axis >= 0 && ++at[axis] == geometry.output[axis] && axis > 0; --axis) at[axis] = 0;
+      for (int axis = NDim - 1; axis >= 0 && ++at[axis] == geometry.output[axis] && axis > 0; --axis)
+        at[axis] = 0;
     }
     for (int64_t p = count; p < kTilePositions && p % kMostLanes; ++p)
       for (int axis = 0; axis < NDim; ++axis) origin[axis][p] = 0;
@@ -94,11 +96,12 @@ struct Displacement {
   static void prefetch(const Planes& planes, int64_t channel, int64_t position, int64_t count) {
     if (!planes.data || planes.position != sizeof(T)) return;
     const char* from = planes.data + channel * planes.channel + position * planes.position;
-    for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(from + byte);
+    for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64)
+      __builtin_prefetch(from + byte);
   }
   template <class L>
-  static DCN_INLINE typename L::Real read(const Planes& planes, int64_t channel, int64_t position, int64_t count,
-                                          typename L::Real missing) {
+  static DCN_INLINE typename L::Real read(const Planes& planes, int64_t channel, int64_t position,
+                                          int64_t count, typename L::Real missing) {
     if (!planes.data) return missing;
     const char* from = planes.data + channel * planes.channel + position * planes.position;
     if (planes.position == sizeof(T) && count >= L::count)
@@ -114,7 +117,8 @@ struct Displacement {
     if (!planes.data) return;
     char* to = planes.data + channel * planes.channel + position * planes.position;
     if (planes.position == sizeof(T) && count >= L::count) return store(reinterpret_cast<T*>(to), values);
-    for (int64_t i = 0; i < count && i < L::count; ++i) *reinterpret_cast<T*>(to + i * planes.position) = values[i];
+    for (int64_t i = 0; i < count && i < L::count; ++i)
+      *reinterpret_cast<T*>(to + i * planes.position) = values[i];
   }
 };
 
@@ -155,21 +159,23 @@ DCN_INLINE void store_addresses(const AxisSample<L> (&axes)[NDim], int corner, c
     if (corner_bit<NDim>(corner, axis)) distance += L::index(pixels.axis[axis]);
   }
   // Arithmetic instead of a selection: compilers take selections of vectors wider than a register apart.
-  const int64_t from = reinterpret_cast<int64_t>(nothing), to_pixels = reinterpret_cast<int64_t>(pixels.data) - from;
-  const Addresses chosen = (convert<Addresses>(distance) + (to_pixels - Addresses{})) & convert<Addresses>(readable);
+  const int64_t from = reinterpret_cast<int64_t>(nothing),
+                to_pixels = reinterpret_cast<int64_t>(pixels.data) - from;
+  const Addresses chosen =
+      (convert<Addresses>(distance) + (to_pixels - Addresses{})) & convert<Addresses>(readable);
   store(to, chosen + (from - Addresses{}));
 }
 
-// Corner weights with the mask folded in. A corner whose interpolation weight is exactly 0 keeps exactly 0 whatever
-// the mask; a NaN coordinate makes all corners NaN. `used` tells the corners that take part.
+// The weight of a corner with the mask folded in. A corner whose interpolation weight is exactly 0 keeps exactly 0
+// whatever the mask, and is not `used`. At a NaN coordinate no corner is, and the first is NaN: enough for the sample.
 template <class L, int NDim>
-DCN_INLINE typename L::Real masked_weight(const AxisSample<L> (&axes)[NDim], int corner, typename L::Real mask,
-                                          typename L::RealMask nan, typename L::Mask& used) {
+DCN_INLINE typename L::Real masked_weight(const AxisSample<L> (&axes)[NDim], int corner,
+                                          typename L::Real mask, typename L::Mask& used) {
   const typename L::Real weight = corner_weight<L, NDim>(axes, corner), zero = {};
-  const auto is_used = (weight != zero) & ~nan;
-  used = L::widen(is_used);
-  const typename L::Real folded = L::select(is_used, weight * mask, zero);
-  return L::select(nan, L::real(__builtin_nan("")), folded);
+  const auto counts = weight != zero;
+  used = L::widen(counts);
+  const typename L::Real folded = L::select(counts, weight * mask, zero);
+  return corner > 0 ? folded : L::select(any_nan<L, NDim>(axes), L::real(__builtin_nan("")), folded);
 }
 
 // Whether 32-bit indices hold every position on the rigid grid and, with `pixels`, reach every pixel.
@@ -178,9 +184,10 @@ bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {}
   constexpr double kMost = 536870912.0;  // 2^29
   double span = 0;
   for (int axis = 0; axis < NDim; ++axis) {
-    const double base = static_cast<double>(geometry.output[axis]) * static_cast<double>(geometry.stride[axis]) +
-                        static_cast<double>(geometry.kernel[axis]) * static_cast<double>(geometry.dilation[axis]) +
-                        static_cast<double>(geometry.padding[axis]);
+    const double base =
+        static_cast<double>(geometry.output[axis]) * static_cast<double>(geometry.stride[axis]) +
+        static_cast<double>(geometry.kernel[axis]) * static_cast<double>(geometry.dilation[axis]) +
+        static_cast<double>(geometry.padding[axis]);
     const double step = static_cast<double>(pixels.axis[axis]);
     span += (static_cast<double>(geometry.input[axis]) + 2) * (step < 0 ? -step : step);
     if (base >= kMost || static_cast<double>(geometry.input[axis]) >= kMost) return false;
@@ -207,12 +214,11 @@ void locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<N
     for (int64_t p = 0; p < tile.count; p += L::count) {
       AxisSample<L> axes[NDim];
       locate<L>(geometry, tile, tap, moved, p, axes);
-      const auto nan = any_nan<L, NDim>(axes);
       const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
 #pragma GCC unroll 8
       for (int corner = 0; corner < kCorners<NDim>; ++corner) {
         typename L::Mask used;
-        store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, nan, used));
+        store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
         store_addresses<L, NDim>(axes, corner, pixels, used, zeros, &samples.address[corner][p]);
       }
     }
@@ -221,7 +227,8 @@ void locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<N
 
 // Calls body(Lanes, position, channel, sample) for every vector of channels of every position of the tile.
 template <class T, int NDim, class Body>
-DCN_INLINE void gather(const Samples<T, NDim>& samples, int64_t positions, int64_t channels, const Body& body) {
+DCN_INLINE void gather(const Samples<T, NDim>& samples, int64_t positions, int64_t channels,
+                       const Body& body) {
   constexpr int n = kCorners<NDim>;
   for (int64_t p = 0; p < positions; ++p) {
     const T* corner[n];
@@ -281,13 +288,12 @@ void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<
     for (int64_t p = 0; p < tile.count; p += L::count) {
       AxisSample<L> axes[NDim];
       locate<L>(geometry, tile, tap, moved, p, axes);
-      const auto nan = any_nan<L, NDim>(axes);
       const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
 #pragma GCC unroll 8
       for (int corner = 0; corner < kCorners<NDim>; ++corner) {
         typename L::Mask used;
-        store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, nan, used));
-        const auto readable = corner_inside<L, NDim>(axes, corner) & ~L::widen(nan);
+        store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
+        const auto readable = corner_inside<L, NDim>(axes, corner);
         store_addresses<L, NDim>(axes, corner, x, readable, zeros, &samples.read[corner][p]);
         store_addresses<L, NDim>(axes, corner, grad_x, used, nowhere, &samples.scatter[corner][p]);
       }
@@ -311,7 +317,7 @@ DCN_INLINE void scatter_and_dot(const BackwardSamples<T, NDim>& samples, int64_t
       scatter[j] = reinterpret_cast<T*>(samples.scatter[j][p]);
       weight[j] = samples.weight[j][p];
     }
-    const auto step = [&](auto lanes, int64_t c, auto (&products)[n]) {
+    const auto step = [&](auto lanes, int64_t c, auto(&products)[n]) {
       using V = Vec<T, decltype(lanes)::count>;
       const V g = gradient(lanes, p, c);
 #pragma GCC unroll 8

@@ -1,3 +1,3 @@
 #pragma once
-#include "forward.hpp"
 #include "backward.hpp"
+#include "forward.hpp"

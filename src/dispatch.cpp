@@ -4,11 +4,11 @@ namespace dcn {
 
 // The one list of instruction sets in C++, best first: name, what the processor must have. setup.py has their flags.
 #if defined(__x86_64__)
-#define DCN_FOR_EACH_ISA(X)                                                                                      \
-  X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                           \
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&                      \
-                __builtin_cpu_supports("fma"))                                                                   \
-  X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))     \
+#define DCN_FOR_EACH_ISA(X)                                                                                  \
+  X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                       \
+                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&                  \
+                __builtin_cpu_supports("fma"))                                                               \
+  X(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) \
   X(baseline, true)
 #else
 #define DCN_FOR_EACH_ISA(X) X(baseline, true)
@@ -36,8 +36,9 @@ const Isa kIsas[] = {DCN_FOR_EACH_ISA(DCN_ENTRY)};
 constexpr double kWorthSharing = 2e6;
 
 int worthwhile_threads(const Geometry& geometry, int threads) {
-  double operations = 2.0 * static_cast<double>(geometry.batch * geometry.out_channels) *
-                      static_cast<double>(geometry.in_channels / (geometry.groups > 0 ? geometry.groups : 1) + 8);
+  double operations =
+      2.0 * static_cast<double>(geometry.batch * geometry.out_channels) *
+      static_cast<double>(geometry.in_channels / (geometry.groups > 0 ? geometry.groups : 1) + 8);
   for (int axis = 0; axis < geometry.ndim; ++axis)
     operations *= static_cast<double>(geometry.output[axis]) * static_cast<double>(geometry.kernel[axis]);
   return operations < kWorthSharing ? 1 : threads;

@@ -5,11 +5,11 @@
 
 namespace dcn {
 
-int isa_count();                     // of the instruction sets compiled in, best first
+int isa_count();  // of the instruction sets compiled in, best first
 const Kernels* isa_kernels(int index);
-bool isa_supported(int index);       // by this processor
+bool isa_supported(int index);  // by this processor
 int dtype_count();
-const char* dtype_name(int dtype);   // as NumPy names it
+const char* dtype_name(int dtype);  // as NumPy names it
 
 // Run on at most `threads` threads: fewer where the work is too small to share.
 Status forward(const Kernels&, DType, const ForwardArguments&, int threads, Interrupt);

@@ -12,12 +12,12 @@ struct ForwardPlan : Plan<T, NDim> {
   using Plan<T, NDim>::positions;
 
   Images<T, NDim> x;
-  Panels panels;          // of the outputs of a weight group
-  int64_t terms;          // of one output: taps x inputs of its group
-  int64_t chunk_taps;     // taps gathered before they are multiplied
+  Panels panels;       // of the outputs of a weight group
+  int64_t terms;       // of one output: taps x inputs of its group
+  int64_t chunk_taps;  // taps gathered before they are multiplied
   int64_t columns_stride, sums_stride;
   int64_t tile_positions, tiles;
-  int64_t round_images;   // images whose channels-last copies exist at the same time
+  int64_t round_images;  // images whose channels-last copies exist at the same time
   int threads;
 
   ForwardPlan(const ForwardArguments& arguments, int threads)
@@ -25,7 +25,8 @@ struct ForwardPlan : Plan<T, NDim> {
         x(arguments.x, arguments.geometry.in_channels, arguments.geometry.input),
         panels(Panels::of<T>(this->group_outputs)),
         threads(threads) {
-    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 4608 / sizeof(T), kColumnsBytes = 400 << 10, kTilesPerThread = 32;
+    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 4608 / sizeof(T), kColumnsBytes = 400 << 10,
+                      kTilesPerThread = 32;
     terms = taps * this->group_inputs;
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
     chunk_taps = ceil_div(taps, ceil_div(taps * channels, kChunkTerms));
@@ -64,7 +65,8 @@ struct ForwardBuffers {
 
   ForwardBuffers(const ForwardPlan<T, NDim>& plan, Workspace& space) {
     x = space.take<T>(plan.x.buffer_elements() * plan.round_images);
-    const size_t columns = plan.depthwise ? plan.geometry.in_channels : plan.geometry.groups * plan.panels.padded();
+    const size_t columns =
+        plan.depthwise ? plan.geometry.in_channels : plan.geometry.groups * plan.panels.padded();
     weights = space.take<T>(columns * plan.terms);
     zeros = space.take<T>(plan.geometry.in_channels);
     thread = space.take<PerThread>(plan.threads);
@@ -80,7 +82,8 @@ struct ForwardBuffers {
 
 // weight (out, in, tap) -> [group][panel][tap][in][lane]: one panel of one group.
 template <class T, int NDim>
-void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t group, int64_t panel, T* packed) {
+void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t group, int64_t panel,
+                  T* packed) {
   const int64_t width = plan.panels.width(panel), first = plan.panels.first(panel);
   const int64_t left = plan.group_outputs - first, columns = left < width ? left : width;
   const T* from = weight + (group * plan.group_outputs + first) * plan.terms;
@@ -191,7 +194,8 @@ class ForwardRun {
         for_each_offset_group(first_image, slot, tile, Tap<NDim>(geometry(), first + i), *mine.samples,
                               [&](int64_t channel, int64_t group_channels) {
                                 gather_columns<T, NDim>(*mine.samples, tile.count, group_channels,
-                                                        mine.columns + i * channels + channel, plan_.columns_stride);
+                                                        mine.columns + i * channels + channel,
+                                                        plan_.columns_stride);
                               });
       for (int64_t group = 0; group < geometry().groups; ++group)
         for (int64_t panel = 0; panel < plan_.panels.count(); ++panel) {
@@ -202,29 +206,33 @@ class ForwardRun {
     return true;
   }
 
-  void multiply_chunk(int64_t positions, int64_t group, int64_t panel, int64_t first_tap, int64_t taps, Thread& mine) {
+  void multiply_chunk(int64_t positions, int64_t group, int64_t panel, int64_t first_tap, int64_t taps,
+                      Thread& mine) {
     const Panels& panels = plan_.panels;
     const int64_t inputs = plan_.group_inputs, width = panels.width(panel);
     const T* weights = plan_.packed(buffers_.weights, group, panel) + first_tap * inputs * width;
     const T* columns = mine.columns + group * inputs;
     T* sums = mine.sums + group * panels.padded() + panels.first(panel);
     multiply_panel<T>(panels, panel, positions, columns, plan_.columns_stride,
-                      Terms{taps, geometry().in_channels, inputs, 1}, kOutputPiece, weights, sums, plan_.sums_stride, first_tap == 0);
+                      Terms{taps, geometry().in_channels, inputs, 1}, kOutputPiece, weights, sums,
+                      plan_.sums_stride, first_tap == 0);
   }
 
   void sum_per_channel(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine) {
     const int64_t stride = plan_.sums_stride;
     for (int64_t tap = 0; tap < plan_.taps; ++tap)
-      for_each_offset_group(
-          first_image, slot, tile, Tap<NDim>(geometry(), tap), *mine.samples, [&](int64_t channel, int64_t channels) {
-            const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
-            T* sums = mine.sums + channel;
-            gather<T, NDim>(*mine.samples, tile.count, channels, [&](auto, int64_t p, int64_t c, auto sample) {
-              T* sum = sums + p * stride + c;
-              const auto product = sample * load<decltype(sample)>(weights + c);
-              store(sum, tap == 0 ? product : load<decltype(sample)>(sum) + product);
-            });
-          });
+      for_each_offset_group(first_image, slot, tile, Tap<NDim>(geometry(), tap), *mine.samples,
+                            [&](int64_t channel, int64_t channels) {
+                              const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
+                              T* sums = mine.sums + channel;
+                              gather<T, NDim>(
+                                  *mine.samples, tile.count, channels,
+                                  [&](auto, int64_t p, int64_t c, auto sample) {
+                                    T* sum = sums + p * stride + c;
+                                    const auto product = sample * load<decltype(sample)>(weights + c);
+                                    store(sum, tap == 0 ? product : load<decltype(sample)>(sum) + product);
+                                  });
+                            });
   }
 
   void write(int64_t image, const Tile<NDim>& tile, const T* sums) {

@@ -8,6 +8,7 @@ namespace dcn::DCN_ISA {
 #define DCN_NAME(name) DCN_STRING(name)
 
 extern const Kernels kKernels;
-const Kernels kKernels = {DCN_NAME(DCN_ISA), {DCN_FOR_EACH_DTYPE(DCN_FORWARD)}, {DCN_FOR_EACH_DTYPE(DCN_BACKWARD)}};
+const Kernels kKernels = {
+    DCN_NAME(DCN_ISA), {DCN_FOR_EACH_DTYPE(DCN_FORWARD)}, {DCN_FOR_EACH_DTYPE(DCN_BACKWARD)}};
 
 }  // namespace dcn::DCN_ISA

@@ -13,8 +13,8 @@ namespace dcn::DCN_ISA {
 // to[column][row] = from[row][column] (+ bias[column]); columns of `from` and rows of `to` are contiguous, strides in
 // elements. Blocks of N x N, and for what they leave over blocks half as large.
 template <class T, int N = kLanes<T>>
-void transpose_matrix(int64_t rows, int64_t columns, const T* from, int64_t from_stride, T* to, int64_t to_stride,
-                      const T* bias = nullptr) {
+void transpose_matrix(int64_t rows, int64_t columns, const T* from, int64_t from_stride, T* to,
+                      int64_t to_stride, const T* bias = nullptr) {
   using V = Vec<T, N>;
   const int64_t whole_rows = rows / N * N, whole_columns = columns / N * N;
   const auto block = [=](int64_t r, int64_t c) __attribute__((always_inline)) {
@@ -37,7 +37,8 @@ void transpose_matrix(int64_t rows, int64_t columns, const T* from, int64_t from
   if constexpr (N > 1) {
     if (whole_columns < columns)
       transpose_matrix<T, N / 2>(whole_rows, columns - whole_columns, from + whole_columns, from_stride,
-                                 to + whole_columns * to_stride, to_stride, bias ? bias + whole_columns : nullptr);
+                                 to + whole_columns * to_stride, to_stride,
+                                 bias ? bias + whole_columns : nullptr);
     if (whole_rows < rows)
       transpose_matrix<T, N / 2>(rows - whole_rows, columns, from + whole_rows * from_stride, from_stride,
                                  to + whole_rows, to_stride, bias);
@@ -82,14 +83,16 @@ struct Rows {
   int64_t outer[NDim];  // extents of the axes that number the rows
   int outer_axes;
 
-  Rows(const int64_t* extents, const int64_t* strides) : rows(1), length(extents[NDim - 1]), outer_axes(NDim - 1) {
+  Rows(const int64_t* extents, const int64_t* strides)
+      : rows(1), length(extents[NDim - 1]), outer_axes(NDim - 1) {
     while (outer_axes > 0 && strides[outer_axes - 1] == strides[outer_axes] * extents[outer_axes])
       length *= extents[--outer_axes];
     for (int axis = 0; axis < outer_axes; ++axis) rows *= outer[axis] = extents[axis];
   }
   int64_t offset(int64_t row, const int64_t* strides) const {
     int64_t offset = 0;
-    for (int axis = outer_axes - 1; axis >= 0; row /= outer[axis--]) offset += row % outer[axis] * strides[axis];
+    for (int axis = outer_axes - 1; axis >= 0; row /= outer[axis--])
+      offset += row % outer[axis] * strides[axis];
     return offset;
   }
 };
@@ -105,7 +108,8 @@ struct Images {
   int64_t channels, extents[NDim], pixels;
   bool in_place;
 
-  Images(const Array& array, int64_t channels, const int64_t* extents) : array(array), channels(channels), pixels(1) {
+  Images(const Array& array, int64_t channels, const int64_t* extents)
+      : array(array), channels(channels), pixels(1) {
     for (int axis = 0; axis < NDim; ++axis) pixels *= this->extents[axis] = extents[axis];
     in_place = channels <= 1 || array.channel == sizeof(T);
   }

@@ -38,8 +38,9 @@ DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
 
 // A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are added.
 template <class T, int N, int NR, int M>
-__attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_stride, Terms terms, int64_t most,
-                                             const T* __restrict b, T* __restrict c, int64_t c_stride, bool fresh) {
+__attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_stride, Terms terms,
+                                             int64_t most, const T* __restrict b, T* __restrict c,
+                                             int64_t c_stride, bool fresh) {
   using V = Vec<T, N>;
   for_each_piece(terms, most, [&](Terms piece, int64_t distance) __attribute__((always_inline)) {
     V sums[M][NR];
@@ -78,8 +79,8 @@ template <class T, int N, int NR>
 void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, int64_t piece, const T* b, T* c,
                    int64_t c_stride, bool fresh) {
   const auto tile = [&](auto count, int64_t i) {
-    multiply_tile<T, N, NR, decltype(count)::count>(a + i * row_stride, row_stride, terms, piece, b, c + i * c_stride,
-                                                    c_stride, fresh);
+    multiply_tile<T, N, NR, decltype(count)::count>(a + i * row_stride, row_stride, terms, piece, b,
+                                                    c + i * c_stride, c_stride, fresh);
   };
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows) tile(Lanes<kTileRows>{}, i);
@@ -92,8 +93,8 @@ void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, in
 struct Panels {
   int lanes;
   int64_t columns;
-  int64_t whole;   // panels of two vectors
-  bool half;       // one more, of one vector
+  int64_t whole;  // panels of two vectors
+  bool half;      // one more, of one vector
 
   template <class T>
   static Panels of(int64_t columns) {
@@ -111,8 +112,8 @@ struct Panels {
 
 // One panel of the product; `b` is the panel's packed rows for these terms. No terms: nothing is written.
 template <class T>
-void multiply_panel(const Panels& panels, int64_t panel, int64_t rows, const T* a, int64_t row_stride, Terms terms,
-                    int64_t piece, const T* b, T* c, int64_t c_stride, bool fresh) {
+void multiply_panel(const Panels& panels, int64_t panel, int64_t rows, const T* a, int64_t row_stride,
+                    Terms terms, int64_t piece, const T* b, T* c, int64_t c_stride, bool fresh) {
   const auto with = [&](auto lanes) {
     constexpr int n = decltype(lanes)::count;
     if (panel < panels.whole)

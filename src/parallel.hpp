@@ -30,9 +30,12 @@ class Team {
   // Calls body(item, thread) for every item, on at most `threads()` threads. False: interrupted, results are unfinished.
   template <class Body>
   bool run(int64_t items, const Body& body) {
-    return run(items, [](const void* context, int64_t item, int thread) {
-      (*static_cast<const Body*>(context))(item, thread);
-    }, &body);
+    return run(
+        items,
+        [](const void* context, int64_t item, int thread) {
+          (*static_cast<const Body*>(context))(item, thread);
+        },
+        &body);
   }
 
   // For the inside of long items: false when the call was interrupted and the item should return at once.
@@ -49,9 +52,9 @@ class Team {
   alignas(64) unsigned char storage_[320];
 };
 
-int hardware_threads();       // what OpenMP would start from this thread: OMP_NUM_THREADS, omp_set_num_threads
-void run_serially();          // from now on every team has one thread: called in the child of a fork
-void* allocate(size_t bytes); // 64-byte aligned, null when there is none
+int hardware_threads();  // what OpenMP would start from this thread: OMP_NUM_THREADS, omp_set_num_threads
+void run_serially();     // from now on every team has one thread: called in the child of a fork
+void* allocate(size_t bytes);  // 64-byte aligned, null when there is none
 void release(void* memory);
 
 }  // namespace dcn

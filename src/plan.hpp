@@ -20,7 +20,7 @@ struct Plan {
   int64_t taps = 1, positions = 1;
   int64_t group_inputs, group_outputs;  // channels of a weight group
   int64_t offset_group_channels;
-  bool depthwise;                       // one channel in, one out: a sum per channel instead of a product of matrices
+  bool depthwise;  // one channel in, one out: a sum per channel instead of a product of matrices
 
   explicit Plan(const Geometry& geometry) : geometry(geometry) {
     for (int axis = 0; axis < NDim; ++axis) {
