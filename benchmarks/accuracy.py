@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 
+import numpy
 import test_accuracy as accuracy
+from problems import DTYPES
 
 import dcn_np
 
@@ -30,7 +33,7 @@ def header() -> str:
     return f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}"
 
 
-def measured(dtype, signs: str, every_case: bool) -> dict[str, dict[str, float]]:
+def measured(dtype: numpy.dtype[Any], signs: str, every_case: bool) -> dict[str, dict[str, float]]:
     """The maxima over all cases, by instruction set. The reference, which takes long, runs once per case."""
     largest = {isa: dict.fromkeys(NAMES, 0.0) for isa in dcn_np.available_isas()}
     for name in accuracy.CASES:
@@ -48,7 +51,7 @@ def main() -> None:
     parser.add_argument("--cases", action="store_true", help="a line per case as well")
     every_case = parser.parse_args().cases
     print(header())
-    for dtype in accuracy.DTYPES:
+    for dtype in DTYPES:
         for signs in accuracy.SIGNS:
             for isa, errors in measured(dtype, signs, every_case).items():
                 print(line(f"{dtype}, {isa}, {signs}", errors), flush=True)

@@ -164,43 +164,37 @@ class ForwardRun {
     });
   }
 
-  // Locates one tap for every offset group and hands the group's samples to body(first channel, channels).
+  // Locates taps [begin, end) of every offset group and hands each one's samples to body(tap, first channel, channels).
+  // The taps of a group find the same pixels in the cache, so they follow each other.
   template <class Body>
-  void for_each_offset_group(int64_t first, int64_t slot, const Tile<NDim>& tile, const Tap<NDim>& tap,
-                             Samples<T, NDim>& samples, const Body& body) {
-    const int64_t image = first + slot;
-    const int64_t channels = plan_.offset_group_channels, groups = geometry().offset_groups;
-    const auto moved_of = [&](int64_t group) {
-      return Displacement<T, NDim>(arguments_.offset, arguments_.mask, plan_.taps, image, group);
-    };
-    for (int64_t group = 0; group < groups; ++group) {
-      const Displacement<T, NDim> moved = moved_of(group);
-      if (group + 1 < groups)
-        moved_of(group + 1).prefetch(tap.index, tile.first, tile.count);
-      else if (tap.index + 1 < plan_.taps)
-        moved_of(0).prefetch(tap.index + 1, tile.first, tile.count);
+  void for_each_sampled_tap(int64_t first, int64_t slot, const Tile<NDim>& tile, int64_t begin, int64_t end,
+                            Samples<T, NDim>& samples, const Body& body) {
+    const int64_t image = first + slot, channels = plan_.offset_group_channels;
+    for (int64_t group = 0; group < geometry().offset_groups; ++group) {
+      const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, plan_.taps, image, group);
       const Pixels<NDim> pixels = plan_.x.view(image, image_buffer(slot), group * channels, channels);
-      locate_values(geometry(), tile, tap, moved, pixels, buffers_.zeros, samples);
-      body(group * channels, channels);
+      for (int64_t tap = begin; tap < end; ++tap) {
+        if (tap + 1 < end) moved.prefetch(tap + 1, tile.first, tile.count);
+        locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels, buffers_.zeros, samples);
+        body(tap, group * channels, channels);
+      }
     }
   }
 
   bool multiply(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine, int thread) {
-    const int64_t channels = geometry().in_channels;
     if (plan_.terms == 0) __builtin_memset(mine.sums, 0, plan_.sums_stride * tile.count * sizeof(T));
     for (int64_t first = 0; first < plan_.taps; first += plan_.chunk_taps) {
-      const int64_t left = plan_.taps - first, count = left < plan_.chunk_taps ? left : plan_.chunk_taps;
-      for (int64_t i = 0; i < count; ++i)
-        for_each_offset_group(first_image, slot, tile, Tap<NDim>(geometry(), first + i), *mine.samples,
-                              [&](int64_t channel, int64_t group_channels) {
-                                gather_columns<T, NDim>(*mine.samples, tile.count, group_channels,
-                                                        mine.columns + i * channels + channel,
-                                                        plan_.columns_stride);
-                              });
+      const int64_t end = least(first + plan_.chunk_taps, plan_.taps);
+      for_each_sampled_tap(first_image, slot, tile, first, end, *mine.samples,
+                           [&](int64_t tap, int64_t channel, int64_t channels) {
+                             T* columns = mine.columns + (tap - first) * geometry().in_channels + channel;
+                             gather_columns<T, NDim>(*mine.samples, tile.count, channels, columns,
+                                                     plan_.columns_stride);
+                           });
       for (int64_t group = 0; group < geometry().groups; ++group)
         for (int64_t panel = 0; panel < plan_.panels.count(); ++panel) {
           if (!team_.keep_going(thread)) return false;
-          multiply_chunk(tile.count, group, panel, first, count, mine);
+          multiply_chunk(tile.count, group, panel, first, end - first, mine);
         }
     }
     return true;
@@ -220,19 +214,18 @@ class ForwardRun {
 
   void sum_per_channel(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine) {
     const int64_t stride = plan_.sums_stride;
-    for (int64_t tap = 0; tap < plan_.taps; ++tap)
-      for_each_offset_group(first_image, slot, tile, Tap<NDim>(geometry(), tap), *mine.samples,
-                            [&](int64_t channel, int64_t channels) {
-                              const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
-                              T* sums = mine.sums + channel;
-                              gather<T, NDim>(
-                                  *mine.samples, tile.count, channels,
-                                  [&](auto, int64_t p, int64_t c, auto sample) {
-                                    T* sum = sums + p * stride + c;
-                                    const auto product = sample * load<decltype(sample)>(weights + c);
-                                    store(sum, tap == 0 ? product : load<decltype(sample)>(sum) + product);
-                                  });
-                            });
+    for_each_sampled_tap(first_image, slot, tile, 0, plan_.taps, *mine.samples,
+                         [&](int64_t tap, int64_t channel, int64_t channels) {
+                           const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
+                           T* sums = mine.sums + channel;
+                           gather<T, NDim>(*mine.samples, tile.count, channels,
+                                           [&](auto, int64_t p, int64_t c, auto sample) {
+                                             using V = decltype(sample);
+                                             T* sum = sums + p * stride + c;
+                                             const V product = sample * load<V>(weights + c);
+                                             store(sum, tap == 0 ? product : load<V>(sum) + product);
+                                           });
+                         });
   }
 
   void write(int64_t image, const Tile<NDim>& tile, const T* sums) {

@@ -479,15 +479,18 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def error_in_units(got, want, dtype, scale) -> float:
     """The largest |got - want| / (u * scale) among finite numbers; less than a normal number counts as 0."""
-    got, want = np.asarray(got, np.longdouble), np.asarray(want, np.longdouble)
+    wide = WIDER[np.dtype(dtype)]
+    got, want = np.asarray(got, wide), np.asarray(want, wide)
     finite = np.isfinite(want) & np.isfinite(got)
     difference = np.abs(np.where(finite, got, 0) - np.where(finite, want, 0))
     difference = np.where(difference <= np.finfo(dtype).smallest_normal, 0, difference)
-    unit = unit_roundoff(dtype) * np.asarray(scale, np.longdouble)
-    units = np.divide(
-        difference, unit, out=np.where(difference > 0, np.inf, 0).astype(np.longdouble), where=unit > 0
-    )
+    unit = unit_roundoff(dtype) * np.asarray(scale, wide)
+    units = np.divide(difference, unit, out=np.where(difference > 0, wide(np.inf), 0), where=unit > 0)
     return float(np.max(units, initial=0))
+
+
+def places(chosen: np.ndarray) -> str:
+    return f"{np.count_nonzero(chosen)} in all, among them {np.argwhere(chosen)[:5].tolist()}"
 
 
 def assert_close(got, want, dtype, scale, *, units: float | None = None, what: str = "") -> None:
@@ -498,9 +501,8 @@ def assert_close(got, want, dtype, scale, *, units: float | None = None, what: s
     got = np.asarray(got)
     assert got.shape == np.shape(want), f"{what}: shape {got.shape}, want {np.shape(want)}"
     for name, test in (("NaN", np.isnan), ("+Inf", np.isposinf), ("-Inf", np.isneginf)):
-        wrong = np.argwhere(test(got) != test(want))
-        places = [tuple(int(i) for i in place) for place in wrong[:5]]
-        assert not places, f"{what}: {name} in {len(wrong)} wrong places, among them {places}"
+        wrong = test(got) != test(want)
+        assert not wrong.any(), f"{what}: {name} in wrong places, {places(wrong)}"
     error = error_in_units(got, want, dtype, scale)
     allowed = UNITS[np.dtype(dtype)] if units is None else units
     assert error <= allowed, f"{what}: error {error:.3g} units of rounding, allowed {allowed:g}"

@@ -30,12 +30,23 @@ CASES: dict[str, dict] = {
     "line": {"extent": (4000,), "in_channels": 8, "out_channels": 5, "stride": (3,)},
     "width 64": {"extent": (2, 64), "in_channels": 12, "out_channels": 6, "stride": (1, 4), "batch": 1},
     "width 8192": {"extent": (2, 8192), "in_channels": 12, "out_channels": 6, "stride": (1, 512), "batch": 1},
-    "width 65536": {"extent": (2, 65536), "in_channels": 12, "out_channels": 6, "stride": (1, 4096),
-                    "batch": 1},
+    "width 65536": {
+        "extent": (2, 65536),
+        "in_channels": 12,
+        "out_channels": 6,
+        "stride": (1, 4096),
+        "batch": 1,
+    },
     "length 64": {"extent": (64,), "in_channels": 64, "out_channels": 6, "kernel": (9,), "batch": 1},
     "length 400": {"extent": (400,), "in_channels": 28, "out_channels": 8, "kernel": (9,)},
-    "length 65536": {"extent": (65536,), "in_channels": 24, "out_channels": 6, "kernel": (9,),
-                     "stride": (1024,), "batch": 1},
+    "length 65536": {
+        "extent": (65536,),
+        "in_channels": 24,
+        "out_channels": 6,
+        "kernel": (9,),
+        "stride": (1024,),
+        "batch": 1,
+    },
 }
 SIGNS = ("random", "positive")
 
@@ -43,9 +54,18 @@ SIGNS = ("random", "positive")
 def make(name: str, signs: str, dtype) -> Problem:
     sizes = CASES[name]
     rank = len(sizes["extent"])
-    same = {"batch": 2, "groups": 1, "offset_groups": 1, "kernel": (3,) * rank, "stride": (1,) * rank,
-            "padding": ((1, 1),) * rank, "dilation": (1,) * rank, "with_offset": True, "with_mask": True,
-            "with_bias": True}
+    same = {
+        "batch": 2,
+        "groups": 1,
+        "offset_groups": 1,
+        "kernel": (3,) * rank,
+        "stride": (1,) * rank,
+        "padding": ((1, 1),) * rank,
+        "dilation": (1,) * rank,
+        "with_offset": True,
+        "with_mask": True,
+        "with_bias": True,
+    }
     problem = random_problem([*CASES].index(name), rank=rank, dtype=dtype, special=False, **{**same, **sizes})
     return problem if signs == "random" else positive(problem)
 
@@ -98,7 +118,7 @@ def one_sample(axis: int, place: int, fraction: float, dtype) -> float:
     extent, stride = [1, 1], [1, 1]
     extent[axis], stride[axis] = place + 3, place + 2
     x = np.zeros((1, 1, *extent), dtype)
-    x.reshape(-1)[place:place + 2] = 0.3, -1.7
+    x.reshape(-1)[place : place + 2] = 0.3, -1.7
     outputs = [1, 1]
     outputs[axis] = 2
     offset = np.zeros((1, 2, *outputs), dtype)

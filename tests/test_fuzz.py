@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from problems import DTYPES, LAYOUTS, NON_FINITE, Problem, assert_close, problems, random_problem
 
 import dcn_np
+from dcn_np.threads import exactly
 
 CASES = int(os.environ.get("DCN_NP_FUZZ_CASES", 5000))
 CHUNK = 250
@@ -27,6 +28,7 @@ GAP = -12345.0  # lies between the elements of an array with gaps: never to be r
 
 
 # --- cases --------------------------------------------------------------------------------------------------
+
 
 class Expected(NamedTuple):
     y: np.ndarray
@@ -41,8 +43,13 @@ def expected(problem: Problem) -> Expected:
 def draw_problem(seed: int) -> Problem:
     """Case `seed` of the sweep: ranks, dtypes, wide channels and non-finite values in fixed proportions."""
     problem = random_problem(
-        seed, rank=1 + seed % 3, dtype=DTYPES[int(seed // 3 % 3 == 2)], vector_channels=seed % 8 == 0,
-        non_finite=seed % 2 == 1, non_finite_values=seed % 10 == 3)
+        seed,
+        rank=1 + seed % 3,
+        dtype=DTYPES[int(seed // 3 % 3 == 2)],
+        vector_channels=seed % 8 == 0,
+        non_finite=seed % 2 == 1,
+        non_finite_values=seed % 10 == 3,
+    )
     # Without pixels the results are zeros, and what an infinite mask times none of them is, is not defined.
     if seed % 10 == 3 and problem.mask is not None and problem.mask.size and problem.x.size:
         rng = np.random.default_rng([seed, 1])
@@ -62,15 +69,20 @@ def relaid(rng, array: np.ndarray, *, gap: float = GAP) -> np.ndarray:
     order = rng.permutation(array.ndim)
     steps = rng.choice([1, 1, 1, 2, 3, -1, -2], array.ndim)
     starts, ends = rng.integers(0, 3, (2, array.ndim))
-    wide = [start + extent * abs(step) + end
-            for start, extent, step, end in zip(starts, array.shape, steps, ends, strict=True)]
+    wide = [
+        start + extent * abs(step) + end
+        for start, extent, step, end in zip(starts, array.shape, steps, ends, strict=True)
+    ]
     data = np.empty(int(np.prod(wide)) * array.itemsize + 64, np.uint8)
     shift = int(rng.integers(64))
-    memory = data[shift:len(data) - 64 + shift].view(array.dtype).reshape([wide[axis] for axis in order])
+    memory = data[shift : len(data) - 64 + shift].view(array.dtype).reshape([wide[axis] for axis in order])
     memory[...] = gap
-    inner = memory.transpose(np.argsort(order))[tuple(
-        slice(start, start + extent * abs(step), abs(step))
-        for start, extent, step in zip(starts, array.shape, steps, strict=True))]
+    inner = memory.transpose(np.argsort(order))[
+        tuple(
+            slice(start, start + extent * abs(step), abs(step))
+            for start, extent, step in zip(starts, array.shape, steps, strict=True)
+        )
+    ]
     view = inner[tuple(slice(None, None, -1 if step < 0 else 1) for step in steps)]
     view[...] = array
     return view
@@ -83,6 +95,7 @@ def any_layout(rng, array: np.ndarray) -> np.ndarray:
 
 
 # --- checks -------------------------------------------------------------------------------------------------
+
 
 def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.tobytes() == b.tobytes()
@@ -104,8 +117,14 @@ def check_backward(problem: Problem, want: Expected, units=None, **keywords) -> 
             continue
         gradient = getattr(got, name)
         assert gradient.dtype == problem.dtype
-        assert_close(gradient, getattr(want.gradients, name), problem.dtype, want.scales[name], units=units,
-                     what=f"gradient {name} of {problem}")
+        assert_close(
+            gradient,
+            getattr(want.gradients, name),
+            problem.dtype,
+            want.scales[name],
+            units=units,
+            what=f"gradient {name} of {problem}",
+        )
     return got
 
 
@@ -135,12 +154,15 @@ def check_problem(rng, problem: Problem, want: Expected | None = None) -> Expect
     """Right on every instruction set; out= and needs= on one of them; the inputs are as before."""
     want = expected(problem) if want is None else want
     problem = problem if rng.random() < 0.4 else problem.map_arrays(lambda array: any_layout(rng, array))
-    before = {name: getattr(problem, name).tobytes() for name in Problem.ARRAYS
-              if getattr(problem, name) is not None}
+    before = {
+        name: getattr(problem, name).tobytes()
+        for name in Problem.ARRAYS
+        if getattr(problem, name) is not None
+    }
     chosen = rng.choice(dcn_np.available_isas())
     for isa in dcn_np.available_isas():
         keywords = {"modulated": bool(rng.random() < 0.5)}
-        with dcn_np.use_isa(isa), dcn_np.num_threads(int(rng.choice(THREADS))):
+        with dcn_np.use_isa(isa), exactly(int(rng.choice(THREADS))):
             y = check_forward(problem, want, **keywords)
             gradients = check_backward(problem, want, **keywords)
             if isa == chosen:
@@ -164,13 +186,14 @@ def check_strided_zero(rng, problem: Problem) -> Expected:
     want = expected(problem)
     units = 64  # terms that are all the same are all rounded to the same side
     for isa in dcn_np.available_isas():
-        with dcn_np.use_isa(isa), dcn_np.num_threads(int(rng.choice(THREADS))):
+        with dcn_np.use_isa(isa), exactly(int(rng.choice(THREADS))):
             check_forward(problem, want, units)
             check_backward(problem, want, units)
     return want
 
 
 # --- tests --------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("first", range(0, CASES, CHUNK))
 def test_sweep(first):
@@ -205,8 +228,15 @@ def test_values_not_finite(problem, seed):
 def test_depthwise_with_channel_multiplier(channels, multiplier):
     for number, dtype in enumerate(DTYPES):
         problem = random_problem(
-            [channels, multiplier, number], rank=1 + (channels + multiplier) % 3, dtype=dtype, batch=2,
-            in_channels=channels, out_channels=channels * multiplier, groups=channels, offset_groups=1)
+            [channels, multiplier, number],
+            rank=1 + (channels + multiplier) % 3,
+            dtype=dtype,
+            batch=2,
+            in_channels=channels,
+            out_channels=channels * multiplier,
+            groups=channels,
+            offset_groups=1,
+        )
         check_problem(np.random.default_rng(channels), problem)
 
 
@@ -217,9 +247,15 @@ def test_groups_times_offset_groups(channels, groups, offset_groups):
     """Offset groups within weight groups, weight groups within offset groups, neither; few channels each."""
     step = int(np.lcm(groups, offset_groups))
     problem = random_problem(
-        [channels, groups, offset_groups], rank=2, dtype=DTYPES[channels % 2], batch=1,
-        in_channels=channels * step if step < 5 else step, out_channels=groups * (channels % 4 + 1),
-        groups=groups, offset_groups=offset_groups)
+        [channels, groups, offset_groups],
+        rank=2,
+        dtype=DTYPES[channels % 2],
+        batch=1,
+        in_channels=channels * step if step < 5 else step,
+        out_channels=groups * (channels % 4 + 1),
+        groups=groups,
+        offset_groups=offset_groups,
+    )
     check_problem(np.random.default_rng(channels), problem)
 
 
@@ -230,9 +266,20 @@ def test_offset_groups_of_many_channels(rank, offset_groups, channels):
     """Rows of memory of a kilobyte and more, several of them to a pixel."""
     for number, dtype in enumerate(DTYPES):
         problem = random_problem(
-            [channels, offset_groups, number], rank=rank, dtype=dtype, batch=2, groups=1, out_channels=2,
-            in_channels=channels * offset_groups, offset_groups=offset_groups, extent=(4,) * rank,
-            kernel=(2,) * rank, stride=(1,) * rank, dilation=(1,) * rank, padding=((1, 0),) * rank)
+            [channels, offset_groups, number],
+            rank=rank,
+            dtype=dtype,
+            batch=2,
+            groups=1,
+            out_channels=2,
+            in_channels=channels * offset_groups,
+            offset_groups=offset_groups,
+            extent=(4,) * rank,
+            kernel=(2,) * rank,
+            stride=(1,) * rank,
+            dilation=(1,) * rank,
+            padding=((1, 0),) * rank,
+        )
         check_problem(np.random.default_rng(channels), problem)
 
 
@@ -250,9 +297,22 @@ def in_order(array: np.ndarray, order) -> np.ndarray:
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_results_follow_the_memory_order_of_inputs(order):
     problem = random_problem(
-        5, rank=2, dtype=np.float32, batch=2, in_channels=4, out_channels=6, groups=2, offset_groups=2,
-        kernel=(2, 3), extent=(5, 6), stride=(1, 1), padding=((1, 1), (1, 1)), dilation=(1, 1),
-        with_offset=True, with_mask=True)
+        5,
+        rank=2,
+        dtype=np.float32,
+        batch=2,
+        in_channels=4,
+        out_channels=6,
+        groups=2,
+        offset_groups=2,
+        kernel=(2, 3),
+        extent=(5, 6),
+        stride=(1, 1),
+        padding=((1, 1), (1, 1)),
+        dilation=(1, 1),
+        with_offset=True,
+        with_mask=True,
+    )
     problem = problem.map_arrays(lambda array: in_order(array, order) if array.ndim == 4 else array)
     assert dense_order(problem.forward(dcn_np)) == order
     gradients = problem.backward(dcn_np)
@@ -263,9 +323,20 @@ def test_results_follow_the_memory_order_of_inputs(order):
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_channels_last_in_channels_last_out(rank):
     problem = random_problem(
-        6, rank=rank, dtype=np.float64, batch=2, in_channels=5, out_channels=3, groups=1, offset_groups=1,
-        extent=(6,) * rank, kernel=(2,) * rank, stride=(1,) * rank, padding=((0, 0),) * rank,
-        dilation=(1,) * rank)
+        6,
+        rank=rank,
+        dtype=np.float64,
+        batch=2,
+        in_channels=5,
+        out_channels=3,
+        groups=1,
+        offset_groups=1,
+        extent=(6,) * rank,
+        kernel=(2,) * rank,
+        stride=(1,) * rank,
+        padding=((0, 0),) * rank,
+        dilation=(1,) * rank,
+    )
     problem = problem.replace(x=LAYOUTS["channels_last"](problem.x))
     wanted = (0, *range(2, rank + 2), 1)
     assert dense_order(problem.forward(dcn_np)) == wanted

@@ -13,6 +13,7 @@ import pytest
 from problems import DTYPES, LAYOUTS, Problem, assert_close, random_problem
 
 import dcn_np
+from dcn_np.threads import exactly
 
 NAMES = ("x", "offset", "mask", "weight", "bias")
 BY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -27,8 +28,10 @@ def _isa(request):
 def results(problem: Problem, **keywords) -> dict[str, np.ndarray]:
     """y and all gradients that there are, by name."""
     gradients = problem.backward(dcn_np, **keywords)
-    return {"y": problem.forward(dcn_np, **keywords),
-            **{name: getattr(gradients, name) for name in problem.differentiable}}
+    return {
+        "y": problem.forward(dcn_np, **keywords),
+        **{name: getattr(gradients, name) for name in problem.differentiable},
+    }
 
 
 def assert_same_bits(got: dict, want: dict, names=None) -> None:
@@ -41,9 +44,19 @@ def assert_same_bits(got: dict, want: dict, names=None) -> None:
 def make(seed, dtype, **sizes) -> Problem:
     """A problem of rank 2 with an offset, a mask and a bias, unless `sizes` says otherwise."""
     rank = len(sizes.get("extent", (0, 0)))
-    usual = {"rank": rank, "batch": 2, "groups": 1, "offset_groups": 1, "kernel": (3,) * rank,
-             "stride": (1,) * rank, "padding": ((1, 1),) * rank, "dilation": (1,) * rank,
-             "with_offset": True, "with_mask": True, "with_bias": True}
+    usual = {
+        "rank": rank,
+        "batch": 2,
+        "groups": 1,
+        "offset_groups": 1,
+        "kernel": (3,) * rank,
+        "stride": (1,) * rank,
+        "padding": ((1, 1),) * rank,
+        "dilation": (1,) * rank,
+        "with_offset": True,
+        "with_mask": True,
+        "with_bias": True,
+    }
     return random_problem(seed, dtype=dtype, **{**usual, **sizes})
 
 
@@ -52,30 +65,45 @@ def make(seed, dtype, **sizes) -> Problem:
 SPLIT = {
     "dense": {"extent": (41, 37), "in_channels": 24, "out_channels": 20},
     "depthwise": {"extent": (45, 41), "in_channels": 19, "out_channels": 19, "groups": 19},
-    "multiplier": {"extent": (29, 31), "in_channels": 10, "out_channels": 20, "groups": 10,
-                   "offset_groups": 2},
+    "multiplier": {
+        "extent": (29, 31),
+        "in_channels": 10,
+        "out_channels": 20,
+        "groups": 10,
+        "offset_groups": 2,
+    },
     "few": {"extent": (31, 33), "in_channels": 12, "out_channels": 18, "groups": 6, "offset_groups": 3},
     "wide": {"extent": (19, 23), "in_channels": 67, "out_channels": 35, "batch": 3},
     "long": {"extent": (9001,), "in_channels": 5, "out_channels": 7, "batch": 1, "stride": (2,)},
     "volume": {"extent": (9, 11, 10), "in_channels": 6, "out_channels": 9, "batch": 1, "offset_groups": 2},
     "one_pixel": {"extent": (1, 1), "in_channels": 33, "out_channels": 65, "batch": 9},
-    "rigid": {"extent": (35, 43), "in_channels": 8, "out_channels": 33, "with_offset": False,
-              "with_mask": False},
+    "rigid": {
+        "extent": (35, 43),
+        "in_channels": 8,
+        "out_channels": 33,
+        "with_offset": False,
+        "with_mask": False,
+    },
 }
 
 
 # --- the same bits ------------------------------------------------------------------------------------------
 
+
 @BY_DTYPE
-@pytest.mark.parametrize(("name", "layout"), [
-    *((name, "contiguous") for name in SPLIT),
-    *((name, "channels_last") for name in ("dense", "depthwise", "wide", "volume"))])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *((name, "contiguous") for name in SPLIT),
+        *((name, "channels_last") for name in ("dense", "depthwise", "wide", "volume")),
+    ],
+)
 def test_thread_count_and_runs(name, layout, dtype):
     problem = make(1, dtype, **SPLIT[name]).map_arrays(LAYOUTS[layout])
-    with dcn_np.num_threads(1):
+    with exactly(1):
         want = results(problem)
     for threads in (2, 3, 7, 7, 1):
-        with dcn_np.num_threads(threads):
+        with exactly(threads):
             assert_same_bits(results(problem), want)
 
 
@@ -83,7 +111,7 @@ def shifted_memory(array: np.ndarray, shift: int) -> np.ndarray:
     """A copy whose first byte is `shift` bytes past a 64-byte border."""
     data = np.empty(array.nbytes + 128, np.uint8)
     start = -data.ctypes.data % 64 + shift
-    copy = data[start:start + array.nbytes].view(array.dtype)
+    copy = data[start : start + array.nbytes].view(array.dtype)
     copy = np.lib.stride_tricks.as_strided(copy, array.shape, array.strides) if array.size else array.copy()
     copy[...] = array
     return copy
@@ -119,8 +147,9 @@ PER_IMAGE = ("x", "offset", "mask", "grad_output")
 
 def images(problem: Problem, part) -> Problem:
     """The problem of some images of the batch."""
-    return problem.replace(**{name: getattr(problem, name)[part] for name in PER_IMAGE
-                              if getattr(problem, name) is not None})
+    return problem.replace(
+        **{name: getattr(problem, name)[part] for name in PER_IMAGE if getattr(problem, name) is not None}
+    )
 
 
 @BY_DTYPE
@@ -151,6 +180,7 @@ def test_weight_gradient_adds_images_in_order(name, dtype):
 
 # --- shifts -------------------------------------------------------------------------------------------------
 
+
 def rounded_offsets(problem: Problem, step: float = 2.0**-6) -> Problem:
     """Offsets at multiples of `step` below 2^6, so that adding an integer to them is exact."""
     offset = np.clip(np.round(problem.offset / step) * step, -60, 60)
@@ -164,8 +194,17 @@ def test_shift_of_image_and_outputs(axis, shift, stride, dtype):
     """The same picture further along a larger image gives the same outputs, further along; at 65536 too."""
     strides = [1, 1]
     strides[axis] = stride
-    problem = make(6, dtype, extent=(7, 6), in_channels=5, out_channels=4, kernel=(3, 2), batch=1,
-                   padding=((0, 0), (0, 0)), stride=tuple(strides))
+    problem = make(
+        6,
+        dtype,
+        extent=(7, 6),
+        in_channels=5,
+        out_channels=4,
+        kernel=(3, 2),
+        batch=1,
+        padding=((0, 0), (0, 0)),
+        stride=tuple(strides),
+    )
     problem = problem.replace(offset=np.clip(problem.offset, -9, 9))
 
     def later(array, by):
@@ -173,8 +212,10 @@ def test_shift_of_image_and_outputs(axis, shift, stride, dtype):
         widths[axis + 2] = (by, 0)
         return np.pad(array, widths)
 
-    moved = problem.replace(x=later(problem.x, shift * stride), **{
-        name: later(getattr(problem, name), shift) for name in ("offset", "mask", "grad_output")})
+    moved = problem.replace(
+        x=later(problem.x, shift * stride),
+        **{name: later(getattr(problem, name), shift) for name in ("offset", "mask", "grad_output")},
+    )
     want, got, scales = results(problem), results(moved), problem.scales()
 
     def shown(array, by=shift):
@@ -206,8 +247,9 @@ def test_shift_of_image_against_offset(shift, dtype):
 
 @BY_DTYPE
 def test_padding_is_a_border_of_zeros(dtype):
-    problem = make(8, dtype, extent=(9, 8), in_channels=6, out_channels=7, padding=((2, 1), (3, 2)),
-                   stride=(2, 1))
+    problem = make(
+        8, dtype, extent=(9, 8), in_channels=6, out_channels=7, padding=((2, 1), (3, 2)), stride=(2, 1)
+    )
     bordered = problem.replace(x=np.pad(problem.x, ((0, 0), (0, 0), (2, 1), (3, 2))), padding=0)
     want, got = results(problem), results(bordered)
     for name in ("y", "weight", "bias", "mask"):
@@ -216,6 +258,7 @@ def test_padding_is_a_border_of_zeros(dtype):
 
 
 # --- special cases of one another ---------------------------------------------------------------------------
+
 
 @BY_DTYPE
 @pytest.mark.parametrize("name", SPLIT)
@@ -249,20 +292,37 @@ def assert_near(got: dict, want: dict, problem: Problem) -> None:
 
 def one_group(problem: Problem, group: int) -> Problem:
     """Weight group `group` as a problem of its own; the offset groups must lie within weight groups."""
+
     def part(array, axis):
         return None if array is None else np.split(array, problem.groups, axis)[group]
+
     return problem.replace(
-        x=part(problem.x, 1), offset=part(problem.offset, 1), mask=part(problem.mask, 1),
-        weight=part(problem.weight, 0), bias=part(problem.bias, 0), grad_output=part(problem.grad_output, 1),
-        groups=1, offset_groups=problem.offset_groups // problem.groups)
+        x=part(problem.x, 1),
+        offset=part(problem.offset, 1),
+        mask=part(problem.mask, 1),
+        weight=part(problem.weight, 0),
+        bias=part(problem.bias, 0),
+        grad_output=part(problem.grad_output, 1),
+        groups=1,
+        offset_groups=problem.offset_groups // problem.groups,
+    )
 
 
 @BY_DTYPE
-@pytest.mark.parametrize(("groups", "inputs", "outputs"), [
-    (2, 3, 4), (3, 1, 1), (3, 1, 2), (16, 1, 1), (17, 1, 2), (5, 2, 2), (4, 8, 3), (2, 17, 33)])
+@pytest.mark.parametrize(
+    ("groups", "inputs", "outputs"),
+    [(2, 3, 4), (3, 1, 1), (3, 1, 2), (16, 1, 1), (17, 1, 2), (5, 2, 2), (4, 8, 3), (2, 17, 33)],
+)
 def test_groups_are_separate_calls(groups, inputs, outputs, dtype):
-    problem = make(11, dtype, extent=(9, 10), in_channels=groups * inputs, out_channels=groups * outputs,
-                   groups=groups, offset_groups=groups)
+    problem = make(
+        11,
+        dtype,
+        extent=(9, 10),
+        in_channels=groups * inputs,
+        out_channels=groups * outputs,
+        groups=groups,
+        offset_groups=groups,
+    )
     parts = [results(one_group(problem, group)) for group in range(groups)]
     axes = {"y": 1, "x": 1, "offset": 1, "mask": 1, "weight": 0, "bias": 0}
     want = {key: np.concatenate([part[key] for part in parts], axis) for key, axis in axes.items()}
@@ -274,7 +334,8 @@ def test_equal_offset_groups_are_one(dtype):
     problem = make(12, dtype, extent=(8, 9), in_channels=12, out_channels=8, groups=2)
     thrice = (1, 3, 1, 1)
     copies = problem.replace(
-        offset=np.tile(problem.offset, thrice), mask=np.tile(problem.mask, thrice), offset_groups=3)
+        offset=np.tile(problem.offset, thrice), mask=np.tile(problem.mask, thrice), offset_groups=3
+    )
     want, got = results(problem), results(copies)
     for key in ("offset", "mask"):
         got[key] = got[key].reshape(len(problem.x), 3, *want[key].shape[1:]).sum(axis=1)
@@ -288,11 +349,19 @@ def test_channel_permutation(dtype):
     rng = np.random.default_rng(13)
     inputs, outputs = rng.permutation(21), rng.permutation(19)
     permuted = problem.replace(
-        x=problem.x[:, inputs], weight=problem.weight[outputs][:, inputs], bias=problem.bias[outputs],
-        grad_output=problem.grad_output[:, outputs])
+        x=problem.x[:, inputs],
+        weight=problem.weight[outputs][:, inputs],
+        bias=problem.bias[outputs],
+        grad_output=problem.grad_output[:, outputs],
+    )
     want, got = results(problem), results(permuted)
-    want = {**want, "y": want["y"][:, outputs], "x": want["x"][:, inputs], "bias": want["bias"][outputs],
-            "weight": want["weight"][outputs][:, inputs]}
+    want = {
+        **want,
+        "y": want["y"][:, outputs],
+        "x": want["x"][:, inputs],
+        "bias": want["bias"][outputs],
+        "weight": want["weight"][outputs][:, inputs],
+    }
     scales = permuted.scales()
     for key in want:
         assert_close(got[key], want[key], dtype, scales[key], what=key)
@@ -339,8 +408,16 @@ def test_sum_of_inputs_gives_sum_of_results(variable, dtype):
 
 # --- what may not be finite ---------------------------------------------------------------------------------
 
-REACH = {"extent": (4, 5), "in_channels": 4, "out_channels": 6, "groups": 2, "offset_groups": 2, "batch": 1,
-         "kernel": (2, 2), "padding": ((1, 0), (0, 1))}
+REACH = {
+    "extent": (4, 5),
+    "in_channels": 4,
+    "out_channels": 6,
+    "groups": 2,
+    "offset_groups": 2,
+    "batch": 1,
+    "kernel": (2, 2),
+    "padding": ((1, 0), (0, 1)),
+}
 
 
 def reach_problem(seed, dtype, **changes) -> Problem:
@@ -382,8 +459,10 @@ def samples_of_pixel(problem: Problem, pixel) -> tuple[np.ndarray, np.ndarray]:
     high = place - np.floor(coordinate)
     in_cell = (high == 0) | (high == 1)
     ndim = len(pixel)
-    seen = [np.all([(in_cell if a == axis else weighed)[:, :, :, a] for a in range(ndim)], axis=0)
-            for axis in range(ndim)]
+    seen = [
+        np.all([(in_cell if a == axis else weighed)[:, :, :, a] for a in range(ndim)], axis=0)
+        for axis in range(ndim)
+    ]
     return np.all(weighed, axis=3), np.stack(seen, axis=3)
 
 
@@ -403,9 +482,14 @@ def predicted_reach(problem: Problem, channel: int, pixel) -> dict[str, np.ndarr
     weighed &= only_group.reshape(1, -1, *[1] * (weighed.ndim - 2))
     seen &= only_group.reshape(1, -1, *[1] * (seen.ndim - 2))
     outputs = outputs_of_channel(problem, channel)
-    reach = {"y": np.zeros(problem.grad_output.shape, bool), "weight": np.zeros(problem.weight.shape, bool),
-             "x": np.zeros(problem.x.shape, bool), "bias": np.zeros(problem.weight.shape[0], bool),
-             "mask": weighed.reshape(problem.mask.shape), "offset": seen.reshape(problem.offset.shape)}
+    reach = {
+        "y": np.zeros(problem.grad_output.shape, bool),
+        "weight": np.zeros(problem.weight.shape, bool),
+        "x": np.zeros(problem.x.shape, bool),
+        "bias": np.zeros(problem.weight.shape[0], bool),
+        "mask": weighed.reshape(problem.mask.shape),
+        "offset": seen.reshape(problem.offset.shape),
+    }
     reach["y"][:, outputs] = np.any(weighed[:, group], axis=1)[:, None]
     taps = np.any(weighed[0, group], axis=tuple(range(1, 1 + len(pixel))))
     reach["weight"][outputs, channel % problem.weight.shape[1]] = taps.reshape(problem.weight.shape[2:])
@@ -414,10 +498,18 @@ def predicted_reach(problem: Problem, channel: int, pixel) -> dict[str, np.ndarr
 
 @BY_DTYPE
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("changes", [
-    {}, {"groups": 4, "out_channels": 4}, {"groups": 1, "offset_groups": 1}, {"groups": 4, "out_channels": 8},
-    {"extent": (7,), "kernel": (3,), "padding": ((1, 1),)},
-    {"extent": (2, 3, 3), "kernel": (1, 2, 2), "padding": ((0, 1), (1, 0), (0, 0))}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"groups": 4, "out_channels": 4},
+        {"groups": 1, "offset_groups": 1},
+        {"groups": 4, "out_channels": 8},
+        {"extent": (7,), "kernel": (3,), "padding": ((1, 1),)},
+        {"extent": (2, 3, 3), "kernel": (1, 2, 2), "padding": ((0, 1), (1, 0), (0, 0))},
+    ],
+    ids=str,
+)
 def test_pixel_that_is_not_finite_reaches_only_what_weighs_it(changes, value, dtype):
     reached = 0
     problem = reach_problem(16, dtype, **changes)

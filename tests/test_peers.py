@@ -29,16 +29,26 @@ def drawn(seed, **sizes) -> Problem:
 
 # --- onnx ---------------------------------------------------------------------------------------------------
 
+
 def deform_conv_node(problem: Problem):
     """The problem as one DeformConv node; inputs that are not there have no name."""
     helper = pytest.importorskip("onnx.helper")
-    inputs = [name if getattr(problem, name) is not None else "" for name in
-              ("x", "weight", "offset", "bias", "mask")]
+    inputs = [
+        name if getattr(problem, name) is not None else ""
+        for name in ("x", "weight", "offset", "bias", "mask")
+    ]
     begins, ends = zip(*problem.padding, strict=True)
     return helper.make_node(
-        "DeformConv", inputs, ["y"], kernel_shape=problem.weight.shape[2:], strides=problem.stride,
-        dilations=problem.dilation, pads=[*begins, *ends], group=problem.groups,
-        offset_group=problem.offset_groups)
+        "DeformConv",
+        inputs,
+        ["y"],
+        kernel_shape=problem.weight.shape[2:],
+        strides=problem.stride,
+        dilations=problem.dilation,
+        pads=[*begins, *ends],
+        group=problem.groups,
+        offset_group=problem.offset_groups,
+    )
 
 
 def onnxruntime_result(problem: Problem) -> np.ndarray:
@@ -47,8 +57,11 @@ def onnxruntime_result(problem: Problem) -> np.ndarray:
     node = deform_conv_node(problem)
     kind = helper.np_dtype_to_tensor_dtype(problem.dtype)
     graph = helper.make_graph(
-        [node], "problem", [helper.make_tensor_value_info(name, kind, None) for name in node.input if name],
-        [helper.make_tensor_value_info("y", kind, None)])
+        [node],
+        "problem",
+        [helper.make_tensor_value_info(name, kind, None) for name in node.input if name],
+        [helper.make_tensor_value_info("y", kind, None)],
+    )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, {name: getattr(problem, name) for name in node.input if name})[0]
@@ -79,13 +92,28 @@ def run_node(node, arrays: dict) -> np.ndarray:
     x, weight, offset, bias, mask = inputs + [None] * (5 - len(inputs))
     pads = settings.get("pads", [0, 0, 0, 0])
     return dcn_np.modulated_deform_conv(
-        x, offset, mask, weight, bias, settings.get("strides", 1), list(zip(pads[:2], pads[2:], strict=True)),
-        settings.get("dilations", 1), settings.get("group", 1), settings.get("offset_group", 1))
+        x,
+        offset,
+        mask,
+        weight,
+        bias,
+        settings.get("strides", 1),
+        list(zip(pads[:2], pads[2:], strict=True)),
+        settings.get("dilations", 1),
+        settings.get("group", 1),
+        settings.get("offset_group", 1),
+    )
 
 
-@pytest.mark.parametrize("name", [
-    "test_basic_deform_conv_with_padding", "test_basic_deform_conv_without_padding",
-    "test_deform_conv_with_mask_bias", "test_deform_conv_with_multiple_offset_groups"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_basic_deform_conv_with_padding",
+        "test_basic_deform_conv_without_padding",
+        "test_deform_conv_with_mask_bias",
+        "test_deform_conv_with_multiple_offset_groups",
+    ],
+)
 def test_onnx_backend_case(name, backend_cases):
     case = backend_cases[name]
     node = case.model.graph.node[0]
@@ -97,6 +125,7 @@ def test_onnx_backend_case(name, backend_cases):
 
 # --- scipy.ndimage ------------------------------------------------------------------------------------------
 
+
 def rigid_coordinates(problem: Problem) -> np.ndarray:
     """(taps, ndim, *output)"""
     output, kernel = problem.grad_output.shape[2:], problem.weight.shape[2:]
@@ -104,8 +133,11 @@ def rigid_coordinates(problem: Problem) -> np.ndarray:
     tap = np.indices(kernel).reshape(ndim, -1).T.reshape(-1, ndim, *[1] * ndim)
     shape = (ndim, *[1] * ndim)
     begins = np.array([begin for begin, _ in problem.padding]).reshape(shape)
-    return (np.indices(output) * np.reshape(problem.stride, shape) - begins
-            + tap * np.reshape(problem.dilation, (1, *shape)))
+    return (
+        np.indices(output) * np.reshape(problem.stride, shape)
+        - begins
+        + tap * np.reshape(problem.dilation, (1, *shape))
+    )
 
 
 def interpolated_columns(problem: Problem, interpolate) -> np.ndarray:
@@ -142,14 +174,24 @@ def test_map_coordinates(seed, rank):
     def interpolate(image, coordinates):
         return ndimage.map_coordinates(image, coordinates, order=1, mode="grid-constant", cval=0.0)
 
-    problem = drawn([seed, rank, 2], rank=rank, dtype=np.float64, with_offset=True, with_mask=True,
-                    in_channels=4, out_channels=6, groups=2, offset_groups=(1, 2, 4)[seed % 3])
+    problem = drawn(
+        [seed, rank, 2],
+        rank=rank,
+        dtype=np.float64,
+        with_offset=True,
+        with_mask=True,
+        in_channels=4,
+        out_channels=6,
+        groups=2,
+        offset_groups=(1, 2, 4)[seed % 3],
+    )
     want = contracted(problem, interpolated_columns(problem, interpolate))
     # SciPy adds position and offset: at coordinates up to 64 that alone costs up to 64 units.
     assert_close(problem.forward(dcn_np), want, problem.dtype, problem.scales()["y"], units=500)
 
 
 # --- an ordinary convolution --------------------------------------------------------------------------------
+
 
 def spread_out(array: np.ndarray, steps) -> np.ndarray:
     """Zeros between the elements of the last axes, so that they are `steps` apart."""
@@ -184,15 +226,19 @@ class OrdinaryConvolution:
         for image, (o, c) in itertools.product(range(len(grad)), self.pairs):
             part = self.signal.convolve(self.outputs[image, o], self.kernels[o, c], "full", "direct")
             grad[(image, c, *map(slice, part.shape))] += part
-        inner = (slice(begin, begin + extent) for (begin, _), extent in
-                 zip(self.problem.padding, self.problem.x.shape[2:], strict=True))
+        inner = (
+            slice(begin, begin + extent)
+            for (begin, _), extent in zip(self.problem.padding, self.problem.x.shape[2:], strict=True)
+        )
         return grad[(..., *inner)]
 
     def grad_weight(self):
         grad = np.zeros(self.problem.weight.shape)
         steps = tuple(slice(None, None, step) for step in self.problem.dilation)
-        reach = [outputs + kernel - 1 for outputs, kernel in
-                 zip(self.outputs.shape[2:], self.kernels.shape[2:], strict=True)]
+        reach = [
+            outputs + kernel - 1
+            for outputs, kernel in zip(self.outputs.shape[2:], self.kernels.shape[2:], strict=True)
+        ]
         seen = self.padded[(..., *map(slice, reach))]
         for image, (o, c) in itertools.product(range(len(seen)), self.pairs):
             part = self.signal.correlate(seen[image, c], self.outputs[image, o], "valid", "direct")
@@ -204,8 +250,17 @@ class OrdinaryConvolution:
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(8))
 def test_ordinary_convolution(seed, rank, offset):
-    problem = drawn([seed, rank, 3], rank=rank, dtype=np.float64, in_channels=3, out_channels=4, groups=1,
-                    offset_groups=1, with_offset=offset == "zeros", with_mask=False)
+    problem = drawn(
+        [seed, rank, 3],
+        rank=rank,
+        dtype=np.float64,
+        in_channels=3,
+        out_channels=4,
+        groups=1,
+        offset_groups=1,
+        with_offset=offset == "zeros",
+        with_mask=False,
+    )
     if offset == "zeros":
         problem = problem.replace(offset=np.zeros_like(problem.offset))
     ordinary, scales = OrdinaryConvolution(problem), problem.scales()
