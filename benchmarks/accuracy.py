@@ -3,7 +3,7 @@
     python benchmarks/accuracy.py            the table of the documentation
     python benchmarks/accuracy.py --cases    a line per case as well
 
-The cases, the units and what the tests allow are those of tests/test_accuracy.py.
+The cases, the units and what the tests allow are those of tests/test_accuracy.py (it needs the extra `test`).
 """
 
 from __future__ import annotations

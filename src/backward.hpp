@@ -3,13 +3,13 @@
 // Input channels are cut into blocks; a block belongs to one thread at a time, so its part of grad_x needs no
 // synchronisation and is summed in a fixed order. Per image:
 //
-//     contract', dots, scatter   per block:   grad_columns = grad_output x weights, tap by tap and tile by tile; the
-//                                             dots of the four corners; grad_x
-//     combine                    per tile:    dots of all blocks, in order -> grad_offset, grad_mask
-//     weights                    per block and tap:  the columns again x grad_output -> grad_weight
+//     positions   per block   grad_columns = grad_output x weights, tap by tap and tile by tile; from them
+//                             the dots of the corners, and grad_x
+//     combine     per tile    the dots of all blocks, in order -> grad_offset, grad_mask
+//     weights     per block   the columns again x grad_output -> grad_weight
 //
-// The dots of all blocks are kept for a strip of positions at a time. Gathering the columns a second time costs a few
-// percent and lets grad_weight be shared among threads by tap as well.
+// The dots of all blocks are kept for a strip of positions at a time. Gathering the columns a second time
+// costs a few percent and lets grad_weight be shared among threads by tap as well.
 #pragma once
 
 #include "backward_positions.hpp"

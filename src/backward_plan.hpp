@@ -47,8 +47,8 @@ struct BackwardPlan : Plan<T, NDim> {
                                                                 : geometry.out_channels + kLine;
     terms = taps * this->group_inputs;
 
-    // Narrower blocks where there would be too few to share among threads; the choice fixes the order of sums, so it
-    // depends on the shape alone.
+    // Narrower blocks where there would be too few to share among threads; the choice fixes the order of
+    // sums, so it depends on the shape alone.
     block_channels = geometry.in_channels >= 4 * kVector ? 2 * kVector : kVector;
     blocks = 0;
     for_each_block([&](const Block&) { ++blocks; });
@@ -95,7 +95,8 @@ struct BackwardPlan : Plan<T, NDim> {
     const int64_t first = chunk * chunk_taps(block);
     return Panels::of<T>(least(chunk_taps(block), taps - first) * block.count);
   }
-  // Elements that one block takes when its weights are packed: a chunk is (outputs of the group, padded columns).
+  // Elements that one block takes when its weights are packed: a chunk is (outputs of the group, padded
+  // columns).
   int64_t packed_elements(const Block& block) const {
     if (this->depthwise) return taps * block.count;
     int64_t columns = 0;
@@ -103,8 +104,9 @@ struct BackwardPlan : Plan<T, NDim> {
     return columns * this->group_outputs;
   }
 
-  // weight is (out, in, tap) and a packed block (chunk, output of the group, column). Calls body(channels, taps, first
-  // element of weight, first element of the packed block, packed distance from tap to tap) for matrices that cover both.
+  // weight is (out, in, tap) and a packed block (chunk, output of the group, column). Calls body(channels,
+  // taps, first element of weight, first element of the packed block, packed distance from tap to tap) for
+  // matrices that cover both.
   template <class Body>
   void for_each_weight_matrix(const Block& block, const Body& body) const {
     if (this->depthwise) return body(block.count, taps, block.first * taps, int64_t{0}, block.count);

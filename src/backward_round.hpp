@@ -1,4 +1,5 @@
-// One round of images in the backward pass: where their pixels lie, and copies in and out of the caller's layout.
+// One round of images in the backward pass: where their pixels lie, and copies in and out of the caller's
+// layout.
 #pragma once
 
 #include "backward_plan.hpp"

@@ -11,7 +11,8 @@ class WeightPass : public BackwardRound<T, NDim> {
   using BackwardRound<T, NDim>::BackwardRound;
 
   bool run() {
-    // An item takes several chunks of taps, which find the same pixels in the cache, unless threads would stay idle.
+    // An item takes several chunks of taps, which find the same pixels in the cache, unless threads would
+    // stay idle.
     int64_t most_chunks = 0;
     for (int64_t i = 0; i < plan_.blocks; ++i) {
       const int64_t chunks = weight_chunks(buffers_.blocks[i]);
@@ -66,7 +67,8 @@ class WeightPass : public BackwardRound<T, NDim> {
         }
   }
 
-  // Gathers `taps` taps of a block for a piece of positions, a tile at a time: body(tile, first position, tap).
+  // Gathers `taps` taps of a block for a piece of positions, a tile at a time: body(tile, first position,
+  // tap).
   template <class Body>
   void for_each_sampled_tap(int64_t slot, const Block& block, int64_t first_tap, int64_t taps, int64_t first,
                             int64_t count, Thread& mine, const Body& body) {

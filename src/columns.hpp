@@ -1,8 +1,9 @@
-// Locate and gather: where every tap of a tile of positions samples, and the samples themselves, channels-last.
+// Locate and gather: where every tap of a tile of positions samples, and the samples themselves,
+// channels-last.
 //
-// Locating is vectorised along positions, gathering along channels. Between them stands Samples: for each position the
-// address and the weight of every corner. A corner that must not be read has the address of a row of zeros, so that
-// the loops over channels have no branches.
+// Locating is vectorised along positions, gathering along channels. Between them stands Samples: for each
+// position the address and the weight of every corner. A corner that must not be read has the address of a
+// row of zeros, so that the loops over channels have no branches.
 #pragma once
 
 #include "arrays.hpp"
@@ -122,14 +123,16 @@ struct Displacement {
   }
 };
 
-// Pixels of some channels of one image: where a pixel's first channel lies; its channels follow without a gap.
+// Pixels of some channels of one image: where a pixel's first channel lies; its channels follow without a
+// gap.
 template <int NDim>
 struct Pixels {
   char* data;
   int64_t axis[NDim];
 };
 
-// What gather() reads and scatter() writes, corner by corner. Addresses are integers, for the sake of vectors.
+// What gather() reads and scatter() writes, corner by corner. Addresses are integers, for the sake of
+// vectors.
 template <class T, int NDim>
 struct Samples {
   int64_t address[kCorners<NDim>][kTilePositions];
@@ -166,8 +169,9 @@ DCN_INLINE void store_addresses(const AxisSample<L> (&axes)[NDim], int corner, c
   store(to, chosen + (from - Addresses{}));
 }
 
-// The weight of a corner with the mask folded in. A corner whose interpolation weight is exactly 0 keeps exactly 0
-// whatever the mask, and is not `used`. At a NaN coordinate no corner is, and the first is NaN: enough for the sample.
+// The weight of a corner with the mask folded in. A corner whose interpolation weight is exactly 0 keeps
+// exactly 0 whatever the mask, and is not `used`. At a NaN coordinate no corner is, and the first is NaN:
+// enough for the sample.
 template <class L, int NDim>
 DCN_INLINE typename L::Real masked_weight(const AxisSample<L> (&axes)[NDim], int corner,
                                           typename L::Real mask, typename L::Mask& used) {
@@ -248,7 +252,8 @@ DCN_INLINE void gather(const Samples<T, NDim>& samples, int64_t positions, int64
   }
 }
 
-// Calls body(channels), with a constant for the counts that matter most: it is then compiled without loops and tails.
+// Calls body(channels), with a constant for the counts that matter most: it is then compiled without loops
+// and tails.
 template <class T, class Body>
 DCN_INLINE void with_channels(int64_t channels, const Body& body) {
   constexpr int64_t kBlock = 2 * kLanes<T>;
@@ -268,9 +273,10 @@ void gather_columns(const Samples<T, NDim>& samples, int64_t positions, int64_t 
   });
 }
 
-// What the backward pass needs of a corner: the pixel to read for its dot product, which is the real pixel of every
-// corner inside the image also where its weight is 0 (the derivative sees it), and the pixel of grad_x that receives
-// weight x grad_columns, which a corner of weight 0 never does: its address is then that of a row nobody reads.
+// What the backward pass needs of a corner: the pixel to read for its dot product, which is the real pixel of
+// every corner inside the image also where its weight is 0 (the derivative sees it), and the pixel of grad_x
+// that receives weight x grad_columns, which a corner of weight 0 never does: its address is then that of a
+// row nobody reads.
 template <class T, int NDim>
 struct BackwardSamples {
   int64_t read[kCorners<NDim>][kTilePositions];
@@ -301,8 +307,8 @@ void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<
   });
 }
 
-// For every position: dots[corner] = <grad_columns, corner of x> and grad_x[corner] += weight * grad_columns, in one
-// pass over the channels. gradient(Lanes, position, channel) is a vector of grad_columns.
+// For every position: dots[corner] = <grad_columns, corner of x> and grad_x[corner] += weight * grad_columns,
+// in one pass over the channels. gradient(Lanes, position, channel) is a vector of grad_columns.
 template <class T, int NDim, bool kDots, bool kScatter, class Gradient>
 DCN_INLINE void scatter_and_dot(const BackwardSamples<T, NDim>& samples, int64_t positions, int64_t channels,
                                 const Gradient& gradient, T* dots) {

@@ -2,7 +2,8 @@
 
 namespace dcn {
 
-// The one list of instruction sets in C++, best first: name, what the processor must have. setup.py has their flags.
+// The one list of instruction sets in C++, best first: name, what the processor must have. setup.py has their
+// flags.
 #if defined(__x86_64__)
 #define DCN_FOR_EACH_ISA(X)                                                                                  \
   X(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&                       \

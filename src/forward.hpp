@@ -164,8 +164,8 @@ class ForwardRun {
     });
   }
 
-  // Locates taps [begin, end) of every offset group and hands each one's samples to body(tap, first channel, channels).
-  // The taps of a group find the same pixels in the cache, so they follow each other.
+  // Locates taps [begin, end) of every offset group and hands each one's samples to body(tap, first channel,
+  // channels). The taps of a group find the same pixels in the cache, so they follow each other.
   template <class Body>
   void for_each_sampled_tap(int64_t first, int64_t slot, const Tile<NDim>& tile, int64_t begin, int64_t end,
                             Samples<T, NDim>& samples, const Body& body) {

@@ -1,4 +1,5 @@
-// What one instruction set provides, and the arguments that cross into it. Nothing here depends on an instruction set.
+// What one instruction set provides, and the arguments that cross into it. Nothing here depends on an
+// instruction set.
 #pragma once
 
 #include "arrays.hpp"
@@ -18,7 +19,8 @@ enum DType : int {
       kDTypes
 };
 
-// x, offset, mask: see Geometry for their shapes. weight: (out_channels, in_channels / groups, taps), C order.
+// x, offset, mask: see Geometry for their shapes. weight: (out_channels, in_channels / groups, taps), C
+// order.
 struct ForwardArguments {
   Geometry geometry;
   Array x;

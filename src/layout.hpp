@@ -1,7 +1,7 @@
 // Channels-last copies of an image, and results back into the caller's layout.
 //
-// The kernels read and write pixels whose channels are contiguous. An array that is stored so is used in place;
-// any other is transposed, an image at a time, in blocks of one vector by one vector of registers.
+// The kernels read and write pixels whose channels are contiguous. An array that is stored so is used in
+// place; any other is transposed, an image at a time, in blocks of one vector by one vector of registers.
 #pragma once
 
 #include "arrays.hpp"
@@ -10,8 +10,8 @@
 
 namespace dcn::DCN_ISA {
 
-// to[column][row] = from[row][column] (+ bias[column]); columns of `from` and rows of `to` are contiguous, strides in
-// elements. Blocks of N x N, and for what they leave over blocks half as large.
+// to[column][row] = from[row][column] (+ bias[column]); columns of `from` and rows of `to` are contiguous,
+// strides in elements. Blocks of N x N, and for what they leave over blocks half as large.
 template <class T, int N = kLanes<T>>
 void transpose_matrix(int64_t rows, int64_t columns, const T* from, int64_t from_stride, T* to,
                       int64_t to_stride, const T* bias = nullptr) {
@@ -45,7 +45,8 @@ void transpose_matrix(int64_t rows, int64_t columns, const T* from, int64_t from
   }
 }
 
-// Position of a matrix in memory: element (position, channel) lies at position * position_stride + channel * channel_stride.
+// Position of a matrix in memory: element (position, channel) lies at position * position_stride + channel *
+// channel_stride.
 template <class T>
 struct MatrixView {
   T* data;
@@ -99,9 +100,10 @@ struct Rows {
 
 constexpr int64_t kCopyPixels = 256;  // pixels of one item of a copy
 
-// How the kernels reach the pixels of an array of images: in place where channels are contiguous, else through a
-// channels-last buffer of one image. The buffer holds parts of the channels one after the other, [part][pixel][channel],
-// as the pass takes them: a thread that works on a part then touches few pages and whole lines.
+// How the kernels reach the pixels of an array of images: in place where channels are contiguous, else
+// through a channels-last buffer of one image. The buffer holds parts of the channels one after the other,
+// [part][pixel][channel], as the pass takes them: a thread that works on a part then touches few pages and
+// whole lines.
 template <class T, int NDim>
 struct Images {
   Array array;
@@ -114,8 +116,8 @@ struct Images {
     in_place = channels <= 1 || array.channel == sizeof(T);
   }
 
-  // From pixel to pixel of a part. A distance of a large power of two would crowd the pixels into few sets of a cache;
-  // several parts share the buffer without gaps.
+  // From pixel to pixel of a part. A distance of a large power of two would crowd the pixels into few sets of
+  // a cache; several parts share the buffer without gaps.
   int64_t stride(int64_t count) const {
     constexpr int64_t kLine = 64 / sizeof(T);
     return count == channels && count % (16 * kLine) == 0 ? count + kLine : count;

@@ -2,9 +2,9 @@
 //
 //     C[row][column] (+)= sum over k of A[row][k] * B[k][column]
 //
-// A is read where it lies, through strides; B is packed in panels of one or two vectors of columns. A sum is taken in
-// pieces, each from zero, and the pieces are then added: a running sum over thousands of positive terms would lose ten
-// times as much.
+// A is read where it lies, through strides; B is packed in panels of one or two vectors of columns. A sum is
+// taken in pieces, each from zero, and the pieces are then added: a running sum over thousands of positive
+// terms would lose ten times as much.
 #pragma once
 
 #include "vector.hpp"
@@ -14,14 +14,15 @@ namespace dcn::DCN_ISA {
 // The most terms in one running sum. Half as many in y cost 2 % and halve its error.
 constexpr int64_t kPiece = 256, kOutputPiece = 128;
 
-// One run of k: `outer` stretches of `inner` terms. (taps x channels of a weight group, or one stretch of positions.)
+// One run of k: `outer` stretches of `inner` terms. (taps x channels of a weight group, or one stretch of
+// positions.)
 struct Terms {
   int64_t outer, outer_stride;
   int64_t inner, inner_stride;
 };
 
-// Calls body(terms, distance of the first in A, index of the first) for pieces of at most `most` terms. Stretches that
-// follow each other without a gap are one to a piece.
+// Calls body(terms, distance of the first in A, index of the first) for pieces of at most `most` terms.
+// Stretches that follow each other without a gap are one to a piece.
 template <class Body>
 DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
   if (all.outer_stride == all.inner && all.inner_stride == 1) all = {1, 0, all.outer * all.inner, 1};
@@ -36,7 +37,8 @@ DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
     }
 }
 
-// A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are added.
+// A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are
+// added.
 template <class T, int N, int NR, int M>
 __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_stride, Terms terms,
                                              int64_t most, const T* __restrict b, T* __restrict c,
@@ -88,8 +90,8 @@ void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, in
   for (; i < rows; ++i) tile(Lanes<1>{}, i);
 }
 
-// The columns of B or C, cut into panels: whole ones of two vectors, then at most one of a single vector. The lanes of
-// a vector are chosen so that a few columns do not pay for many.
+// The columns of B or C, cut into panels: whole ones of two vectors, then at most one of a single vector. The
+// lanes of a vector are chosen so that a few columns do not pay for many.
 struct Panels {
   int lanes;
   int64_t columns;

@@ -42,9 +42,9 @@ void pause_briefly(int spins) {
 #endif
 }
 
-// libgomp ends the process when it cannot create a thread or has no memory for its own records. So before a team of this
-// thread grows, as many plain threads are started and joined: where that fails, the team is as large as it went. Every
-// calling thread has an OpenMP pool of its own, hence thread_local.
+// libgomp ends the process when it cannot create a thread or has no memory for its own records. So before a
+// team of this thread grows, as many plain threads are started and joined: where that fails, the team is as
+// large as it went. Every calling thread has an OpenMP pool of its own, hence thread_local.
 thread_local int proven_threads = 1;
 
 bool some_memory() {
@@ -162,8 +162,8 @@ void run_serially() {
 }
 
 void* allocate(size_t bytes) {
-  // Large blocks in huge pages where the system has them: a fault per 2 MB, and fewer misses of the page tables when
-  // corners are gathered from all over an image.
+  // Large blocks in huge pages where the system has them: a fault per 2 MB, and fewer misses of the page
+  // tables when corners are gathered from all over an image.
   constexpr size_t kAlignment = 64, kHugePage = 2 << 20;
   const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
   if (bytes > SIZE_MAX - alignment) return nullptr;

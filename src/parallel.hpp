@@ -1,5 +1,6 @@
-// Threads, interruption and memory for the kernels, without a header of the standard library: the instruction-set
-// files include this, and an inline function of std compiled there could replace everyone's copy at link time.
+// Threads, interruption and memory for the kernels, without a header of the standard library: the
+// instruction-set files include this, and an inline function of std compiled there could replace everyone's
+// copy at link time.
 #pragma once
 
 #include <cstddef>
@@ -15,9 +16,10 @@ struct Interrupt {
   void* context;
 };
 
-// The threads of one call. Items are handed out one by one; what an item computes may depend on its index and never on
-// the thread that runs it, and no two items of one run() may write the same memory: that is what makes results
-// independent of the number of threads. Nothing here allocates after the constructor, and no exception crosses run().
+// The threads of one call. Items are handed out one by one; what an item computes may depend on its index and
+// never on the thread that runs it, and no two items of one run() may write the same memory: that is what
+// makes results independent of the number of threads. Nothing here allocates after the constructor, and no
+// exception crosses run().
 class Team {
  public:
   Team(int threads, Interrupt interrupt);  // takes fewer threads where the system gives fewer
@@ -27,7 +29,8 @@ class Team {
 
   int threads() const { return threads_; }
 
-  // Calls body(item, thread) for every item, on at most `threads()` threads. False: interrupted, results are unfinished.
+  // Calls body(item, thread) for every item, on at most `threads()` threads. False: interrupted, results are
+  // unfinished.
   template <class Body>
   bool run(int64_t items, const Body& body) {
     return run(

@@ -1,7 +1,7 @@
 // Vec<T, N>, load, store, select, convert, transpose: the only file that mentions SIMD.
 //
-// GCC/Clang vector extensions, so one text serves every instruction set. Vec<T, 1> is T itself, which lets the last
-// channels of a row go through the same code as full vectors.
+// GCC/Clang vector extensions, so one text serves every instruction set. Vec<T, 1> is T itself, which lets
+// the last channels of a row go through the same code as full vectors.
 #pragma once
 
 #include "platform.hpp"
@@ -59,8 +59,8 @@ DCN_INLINE To convert(From value) {
   return __builtin_convertvector(value, To);
 }
 
-// The number types of sampling.hpp for N positions at once. Comparing reals gives masks as wide as the reals, comparing
-// indices masks as wide as the indices: widen and narrow go between the two.
+// The number types of sampling.hpp for N positions at once. Comparing reals gives masks as wide as the reals,
+// comparing indices masks as wide as the indices: widen and narrow go between the two.
 template <class T, class I, int N>
 struct LanesOf {
   static constexpr int count = N;
@@ -93,8 +93,8 @@ struct Lanes {
   static constexpr int count = N;
 };
 
-// Cuts n channels into whole vectors and then halves, quarters, ... down to one: every element is read and written
-// exactly once, so no neighbouring pixel can leak into the last lanes and no padding is needed.
+// Cuts n channels into whole vectors and then halves, quarters, ... down to one: every element is read and
+// written exactly once, so no neighbouring pixel can leak into the last lanes and no padding is needed.
 template <class T, int N = kLanes<T>, class Body>
 DCN_INLINE void for_each_vector(int64_t n, Body&& body) {
   int64_t c = 0;
@@ -123,7 +123,8 @@ struct CountTo<0, I...> {
   using type = Indices<I...>;
 };
 
-// One step of a transposition by blocks: swaps the upper right and lower left blocks of size D in the pair of rows.
+// One step of a transposition by blocks: swaps the upper right and lower left blocks of size D in the pair of
+// rows.
 template <int D, class V, int... I>
 DCN_INLINE void swap_blocks(V& a, V& b, Indices<I...>) {
   constexpr int n = sizeof...(I);
@@ -178,7 +179,8 @@ DCN_INLINE Vec<T, Count> sum_blocks(Vec<T, N> v) {
     return sum_blocks<T, N / 2, Count>(halve_blocks<T, N, Count>(v, typename CountTo<N / 2>::type{}));
 }
 
-// The sum of the lanes of each of Count vectors, as one vector. Folding them together takes a third of the shuffles.
+// The sum of the lanes of each of Count vectors, as one vector. Folding them together takes a third of the
+// shuffles.
 template <class T, int N, int Count>
 DCN_INLINE Vec<T, Count> sums(Vec<T, N> (&vectors)[Count]) {
   if constexpr (N >= Count) {

@@ -6,7 +6,8 @@
 
 namespace DCN_NAMESPACE {
 
-// Hands out parts of one block. Without a block it only counts: a plan is laid out twice, first to learn its size.
+// Hands out parts of one block. Without a block it only counts: a plan is laid out twice, first to learn its
+// size.
 class Workspace {
  public:
   explicit Workspace(char* block = nullptr) : block_(block) {}

@@ -1,7 +1,8 @@
 // The one description of a deformable convolution that every layer below the public functions reads.
 //
-// The same bytes are GEOMETRY_DTYPE in dcn_np/geometry.py, this struct in C++ and in CUDA. Axes are in the order of x;
-// axes past `ndim` are 1 (padding 0). Everything is checked in Python: below that, this is a contract.
+// The same bytes are GEOMETRY_DTYPE in dcn_np/geometry.py, this struct in C++ and in CUDA. Axes are in the
+// order of x; axes past `ndim` are 1 (padding 0). Everything is checked in Python: below that, this is a
+// contract.
 #pragma once
 
 #include "platform.hpp"

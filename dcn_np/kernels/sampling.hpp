@@ -1,11 +1,14 @@
-// Where a tap samples: coordinate -> cell, fraction, corner weights. One text for the CPU (vectors of positions) and the GPU.
+// Where a tap samples: coordinate -> cell, fraction, corner weights. One text for the CPU (vectors of
+// positions) and the GPU.
 //
-// `Lanes` says what a number is: Lanes::Real, ::Int32, ::Int64 and the masks their comparisons give (::RealMask,
-// ::Mask), vectors on a CPU and scalars on a GPU, with Lanes::select(), convert(), widen() and narrow() beside them.
+// `Lanes` says what a number is: Lanes::Real, ::Int32, ::Int64 and the masks their comparisons give
+// (::RealMask, ::Mask), vectors on a CPU and scalars on a GPU, with Lanes::select(), convert(), widen() and
+// narrow() beside them.
 //
-// The rule (docs/semantics.md): linear interpolation with zeros outside; support is the open box (-1, extent).
-// The integer part of a coordinate is an integer and the fraction comes from the offset alone, so the error of a
-// sample does not grow with the size of the image. The cell is [floor, floor + 1): derivatives are from the right.
+// The rule (docs/semantics.md): linear interpolation with zeros outside; support is the open box (-1,
+// extent). The integer part of a coordinate is an integer and the fraction comes from the offset alone, so
+// the error of a sample does not grow with the size of the image. The cell is [floor, floor + 1): derivatives
+// are from the right.
 #pragma once
 
 #include "platform.hpp"
@@ -59,7 +62,8 @@ DCN_INLINE constexpr int corner_bit(int corner, int axis) {
   return (corner >> (NDim - 1 - axis)) & 1;
 }
 
-// The product of the axis weights of a corner; with `skip` >= 0 that axis is left out, as its derivative needs.
+// The product of the axis weights of a corner; with `skip` >= 0 that axis is left out, as its derivative
+// needs.
 template <class Lanes, int NDim>
 DCN_INLINE typename Lanes::Real corner_weight(const AxisSample<Lanes> (&axes)[NDim], int corner,
                                               int skip = -1) {
@@ -91,8 +95,9 @@ struct PositionGradients {
 
 // grad_offset and grad_mask of a tap from dots[corner] = <grad_columns, pixel of the corner>.
 //
-// A term whose factor is exactly 0 is left out, not multiplied: 0 * Inf would be NaN. Along an axis the corners whose
-// weight on the other axes is not 0 take part, so at integer positions the derivative is the one from the right.
+// A term whose factor is exactly 0 is left out, not multiplied: 0 * Inf would be NaN. Along an axis the
+// corners whose weight on the other axes is not 0 take part, so at integer positions the derivative is the
+// one from the right.
 template <class Lanes, int NDim>
 DCN_INLINE PositionGradients<Lanes, NDim> position_gradients(const AxisSample<Lanes> (&axes)[NDim],
                                                              typename Lanes::Real mask,
