@@ -24,6 +24,8 @@ from problems import (
     sampling_base,
 )
 
+import dcn_np
+
 EXTENT = (4, 3, 5)
 
 
@@ -159,6 +161,49 @@ def test_a_fraction_that_rounds_to_one_is_carried(module, dtype):
 def test_just_below_an_integer_both_neighbours_count(module, dtype):
     below = np.nextafter(np.array(1, dtype), np.array(0, dtype))
     assert sampled(module, [[2**20, 0, 0]], [[below]], dtype)[0] == 2**20 * (1 - below)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_grid_of_steps_past_32_bits(module, dtype, rank):
+    """The first position of each axis lies 2^30 pixels before the image, the second on its first pixel."""
+    far = (2**30,) * rank
+    sizes = Sizes(
+        batch=2,
+        in_channels=5,
+        out_channels=3,
+        groups=1,
+        offset_groups=1,
+        extent=(5, 6, 4)[:rank],
+        kernel=(2,) * rank,
+        stride=far,
+        padding=tuple((step, 0) for step in far),
+        dilation=(1,) * rank,
+    )
+    problem = fill(sizes, np.random.default_rng(5), dtype)
+    assert problem.grad_output.shape[2:] == (2,) * rank
+    assert_forward(problem, module)
+    assert_backward(problem, module)
+
+
+def test_a_plane_of_more_than_2_to_the_31_pixels(isa):
+    """Its pages are never touched but where it is sampled: 4 corners of the plane, half a pixel inside."""
+    extent = 2**31 // 46000 + 100  # 46000 x extent > 2^31
+    try:
+        x = np.zeros((1, 1, 46000, extent), np.float32)
+    except MemoryError:
+        pytest.skip("the system does not promise 8 GiB")
+    assert x.size > 2**31
+    ys, xs = np.array([0, 45998]), np.array([0, extent - 2])
+    for (i, y), (j, column) in itertools.product(enumerate(ys), enumerate(xs)):
+        x[0, 0, y : y + 2, column : column + 2] = 1 + 2 * i + j
+    offset = np.full((1, 2, 2, 2), 0.5, np.float32)
+    weight = np.ones((1, 1, 1, 1), np.float32)
+    stride = (45998, extent - 2)
+    y = dcn_np.deform_conv(x, offset, weight, stride=stride)
+    assert np.array_equal(y[0, 0], [[1, 2], [3, 4]])
+    gradients = dcn_np.deform_conv_backward(y, x, offset, weight, stride=stride, needs=("offset", "weight"))
+    assert not gradients.offset.any()
+    assert gradients.weight.item() == 1 + 4 + 9 + 16
 
 
 # --- rule 3: infinite and huge coordinates are outside, a NaN coordinate makes the sample NaN ---
