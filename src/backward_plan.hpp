@@ -152,7 +152,8 @@ struct BackwardBuffers {
     x = space.take<T>(images * plan.x.buffer_elements());
     grad_x = space.take<T>(images * plan.grad_x_elements());
     grad_output = space.take<T>(images * plan.grad_output_elements());
-    dots = space.take<T>(images * plan.dots_elements());
+    dots =
+        space.take<T>(images * plan.dots_elements() + kMostLanes * kCorners<NDim>);  // read in whole vectors
     zeros = space.take<T>(plan.block_channels);
     blocks = space.take<PackedBlock>(plan.blocks);
     int64_t index = 0;

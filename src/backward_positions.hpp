@@ -123,7 +123,7 @@ class PositionPass : public BackwardRound<T, NDim> {
       for (int64_t p = 0; p < tile.count; p += L::count) {
         const int64_t position = tile.first + p, count = tile.count - p;
         typename L::Real dots[kDotsEach];
-        sum_dots<L>(slot, begin, end, tap.index, at + p, count, dots);
+        sum_dots<L>(slot, begin, end, tap.index, at + p, dots);
         AxisSample<L> axes[NDim];
         locate<L>(geometry(), tile, tap, moved, p, axes);
         const auto mask = moved.template masks<L>(tap.index, position, count);
@@ -135,22 +135,17 @@ class PositionPass : public BackwardRound<T, NDim> {
     });
   }
 
-  // The dots of some positions over the channels of blocks [begin, end), in their order.
+  // The dots of L::count positions over the channels of blocks [begin, end), in their order. Past the last position
+  // of a tile it reads what lies there, and nobody uses the result.
   template <class L>
   DCN_INLINE void sum_dots(int64_t slot, int64_t begin, int64_t end, int64_t tap, int64_t position,
-                           int64_t count, typename L::Real (&dots)[kDotsEach]) {
-    using V = Vec<T, kDotsEach>;
-    V sums[L::count] = {};
-    const int64_t positions = least(L::count, count);
+                           typename L::Real (&dots)[kDotsEach]) {
+    for (int i = 0; i < kDotsEach; ++i) dots[i] = typename L::Real{};
     for (int64_t index = begin; index < end; ++index) {
       const T* block = dots_of(slot, index, tap, position);
-      for (int64_t i = 0; i < positions; ++i) sums[i] += load<V>(block + i * kDotsEach);
+      for (int i = 0; i < kDotsEach; ++i) dots[i] += load<typename L::Real>(block + i * L::count);
     }
-    T lanes[L::count][kDotsEach], transposed[kDotsEach][L::count];
-    __builtin_memcpy(lanes, sums, sizeof lanes);
-    for (int j = 0; j < kDotsEach; ++j)
-      for (int i = 0; i < L::count; ++i) transposed[j][i] = lanes[i][j];
-    for (int j = 0; j < kDotsEach; ++j) dots[j] = load<typename L::Real>(transposed[j]);
+    deinterleave(dots);
   }
 };
 

@@ -143,6 +143,28 @@ DCN_INLINE void transpose(V (&rows)[N]) {
   }
 }
 
+template <class V, int... I>
+DCN_INLINE V every_second(V a, V b, int first, Indices<I...>) {
+  return first ? __builtin_shufflevector(a, b, (2 * I + 1)...) : __builtin_shufflevector(a, b, (2 * I)...);
+}
+
+// Count vectors that hold records of Count numbers one after the other -> one vector for each number of a record.
+template <class V, int Count>
+DCN_INLINE void deinterleave(V (&vectors)[Count]) {
+  if constexpr (Count > 1) {
+    constexpr int lanes = sizeof(V) / sizeof(vectors[0][0]);
+    V halves[2][Count / 2];
+    for (int i = 0; i < Count / 2; ++i)
+      for (int odd = 0; odd < 2; ++odd)
+        halves[odd][i] =
+            every_second(vectors[2 * i], vectors[2 * i + 1], odd, typename CountTo<lanes>::type{});
+    for (int odd = 0; odd < 2; ++odd) {
+      deinterleave(halves[odd]);
+      for (int i = 0; i < Count / 2; ++i) vectors[2 * i + odd] = halves[odd][i];
+    }
+  }
+}
+
 // Adds the halves of every block of B lanes of a, then of b: blocks of B / 2 lanes, those of a first.
 template <int B, class V, int... I>
 DCN_INLINE V fold_pair(V a, V b, Indices<I...>) {
