@@ -31,6 +31,7 @@ BASELINE_ONLY: dict[str, list[str]] = {"baseline": []}
 COMMON_FLAGS = [
     *("-std=c++17", "-fPIC", "-fvisibility=hidden"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
+    "-Wno-psabi",  # functions on wide vectors are all inlined: no calling convention is at stake
 ]
 RELEASE_FLAGS = ["-O3", "-g0"]
 OPENMP = "-fopenmp"
