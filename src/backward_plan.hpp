@@ -56,8 +56,10 @@ struct BackwardPlan : Plan<T, NDim> {
     constexpr int64_t kDotsBytes = 6 << 20;
     const int64_t per_position = blocks * taps * kCorners<NDim> * static_cast<int64_t>(sizeof(T));
     const int64_t fitting =
-        per_position > 0 ? kDotsBytes / per_position / kTilePositions * kTilePositions : positions;
-    strip = !grads_at_positions ? positions : fitting > 4 * kTilePositions ? fitting : 4 * kTilePositions;
+        per_position > 0 ? kDotsBytes / per_position / kScatterPositions * kScatterPositions : positions;
+    strip = !grads_at_positions               ? positions
+            : fitting > 4 * kScatterPositions ? fitting
+                                              : 4 * kScatterPositions;
     strip = least(strip, positions) > 0 ? least(strip, positions) : 1;
     strips = ceil_div(positions, strip);
 

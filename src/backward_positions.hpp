@@ -16,8 +16,8 @@ class PositionPass : public BackwardRound<T, NDim> {
       const int64_t first = strip * plan_.strip, count = least(plan_.strip, plan_.positions - first);
       const bool finished = team_.run(plan_.blocks * images_, [&](int64_t item, int thread) {
         const int64_t slot = item / plan_.blocks;
-        for (int64_t at = first; at < first + count && team_.keep_going(thread); at += kTilePositions) {
-          const Tile<NDim> tile(geometry(), at, least(kTilePositions, first + count - at));
+        for (int64_t at = first; at < first + count && team_.keep_going(thread); at += kScatterPositions) {
+          const Tile<NDim> tile(geometry(), at, least(kScatterPositions, first + count - at));
           scatter_block(slot, item % plan_.blocks, tile, at - first, buffers_.thread[thread]);
         }
       });
@@ -64,7 +64,7 @@ class PositionPass : public BackwardRound<T, NDim> {
     }
     const T* grad_output = grad_output_of(slot) + tile.first * stride + block.group * outputs;
     const T* weights = block.weights;
-    if (outputs == 0) __builtin_memset(mine.columns, 0, kTilePositions * 2 * kLanes<T> * sizeof(T));
+    if (outputs == 0) __builtin_memset(mine.columns, 0, kScatterPositions * 2 * kLanes<T> * sizeof(T));
     for (int64_t chunk = 0; chunk < plan_.chunks(block); ++chunk) {
       const Panels panels = plan_.panels(block, chunk);
       const int64_t width = panels.padded(), first = chunk * plan_.chunk_taps(block);
@@ -100,11 +100,11 @@ class PositionPass : public BackwardRound<T, NDim> {
 
   bool combine(int64_t first, int64_t count) {
     if (!plan_.grads_at_positions) return true;
-    const int64_t tiles = ceil_div(count, kTilePositions), groups = geometry().offset_groups;
+    const int64_t tiles = ceil_div(count, kScatterPositions), groups = geometry().offset_groups;
     return team_.run(tiles * groups * images_, [&](int64_t item, int) {
       const int64_t slot = item / (tiles * groups), group = item / tiles % groups;
-      const int64_t at = item % tiles * kTilePositions;
-      const Tile<NDim> tile(geometry(), first + at, least(kTilePositions, count - at));
+      const int64_t at = item % tiles * kScatterPositions;
+      const Tile<NDim> tile(geometry(), first + at, least(kScatterPositions, count - at));
       int64_t begin = 0, end;  // the blocks of the group follow each other
       while (begin < plan_.blocks && buffers_.blocks[begin].offset_group < group) ++begin;
       for (end = begin; end < plan_.blocks && buffers_.blocks[end].offset_group == group;) ++end;

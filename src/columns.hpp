@@ -12,7 +12,9 @@
 
 namespace dcn::DCN_ISA {
 
-constexpr int kTilePositions = 96;    // the most positions in one tile
+constexpr int kTilePositions = 144;  // the most positions in one tile
+constexpr int kScatterPositions =
+    96;  // the same where grad_x is scattered: its tables take more of the nearest cache
 constexpr int kGatherPositions = 64;  // the same for the columns of grad_weight: divides a piece of the sum
 
 template <int NDim>

@@ -25,7 +25,7 @@ struct ForwardPlan : Plan<T, NDim> {
         x(arguments.x, arguments.geometry.in_channels, arguments.geometry.input),
         panels(Panels::of<T>(this->group_outputs)),
         threads(threads) {
-    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 4608 / sizeof(T), kColumnsBytes = 400 << 10,
+    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 2304 / sizeof(T), kColumnsBytes = 400 << 10,
                       kTilesPerThread = 32;
     terms = taps * this->group_inputs;
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
@@ -85,12 +85,12 @@ template <class T, int NDim>
 void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t group, int64_t panel,
                   T* packed) {
   const int64_t width = plan.panels.width(panel), first = plan.panels.first(panel);
-  const int64_t left = plan.group_outputs - first, columns = left < width ? left : width;
+  const int64_t columns = least(width, plan.group_outputs - first);
   const T* from = weight + (group * plan.group_outputs + first) * plan.terms;
   constexpr int64_t kRun = 64;
   T block[kRun * 2 * kLanes<T>];
   for (int64_t start = 0; start < plan.terms; start += kRun) {
-    const int64_t run = plan.terms - start < kRun ? plan.terms - start : kRun;
+    const int64_t run = least(kRun, plan.terms - start);
     transpose_matrix<T>(columns, run, from + start, plan.terms, block, width);
     for (int64_t i = 0; i < run; ++i) {
       const int64_t input = (start + i) / plan.taps, tap = (start + i) % plan.taps;
