@@ -46,6 +46,7 @@ struct ForwardPlan : Plan<T, NDim> {
     const int64_t images = static_cast<int64_t>(kRoundBytes * threads / image_bytes);
     round_images = x.in_place ? geometry.batch : clamp(images, 1, geometry.batch);
   }
+  int64_t sums_buffers() const { return this->depthwise && taps > kOutputPiece ? 2 : 1; }
   const T* packed(const T* weights, int64_t group, int64_t panel) const {
     return weights + (group * panels.padded() + panels.first(panel)) * terms;
   }
@@ -73,7 +74,7 @@ struct ForwardBuffers {
     for (int i = 0; i < plan.threads; ++i) {
       const PerThread mine = {space.take<Samples<T, NDim>>(1),
                               space.take<T>(plan.columns_stride * plan.tile_positions),
-                              space.take<T>(plan.sums_stride * plan.tile_positions)};
+                              space.take<T>(plan.sums_stride * plan.tile_positions * plan.sums_buffers())};
       if (thread) thread[i] = mine;
     }
     if (zeros) __builtin_memset(zeros, 0, plan.geometry.in_channels * sizeof(T));
@@ -212,20 +213,26 @@ class ForwardRun {
                       plan_.sums_stride, first_tap == 0);
   }
 
+  // Taps past the first piece are summed on the side, and the piece is then added.
   void sum_per_channel(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine) {
     const int64_t stride = plan_.sums_stride;
-    for_each_sampled_tap(first_image, slot, tile, 0, plan_.taps, *mine.samples,
-                         [&](int64_t tap, int64_t channel, int64_t channels) {
-                           const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
-                           T* sums = mine.sums + channel;
-                           gather<T, NDim>(*mine.samples, tile.count, channels,
-                                           [&](auto, int64_t p, int64_t c, auto sample) {
-                                             using V = decltype(sample);
-                                             T* sum = sums + p * stride + c;
-                                             const V product = sample * load<V>(weights + c);
-                                             store(sum, tap == 0 ? product : load<V>(sum) + product);
-                                           });
-                         });
+    for_each_sampled_tap(
+        first_image, slot, tile, 0, plan_.taps, *mine.samples,
+        [&](int64_t tap, int64_t channel, int64_t channels) {
+          const bool fresh = tap % kOutputPiece == 0,
+                     last = (tap + 1) % kOutputPiece == 0 || tap + 1 == plan_.taps;
+          const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
+          T* total = mine.sums + channel;
+          T* sums = tap < kOutputPiece ? total : total + plan_.tile_positions * stride;
+          gather<T, NDim>(*mine.samples, tile.count, channels, [&](auto, int64_t p, int64_t c, auto sample) {
+            using V = decltype(sample);
+            T* sum = sums + p * stride + c;
+            const V product = sample * load<V>(weights + c);
+            const V value = fresh ? product : load<V>(sum) + product;
+            store(sum, value);
+            if (last && sums != total) store(total + p * stride + c, load<V>(total + p * stride + c) + value);
+          });
+        });
   }
 
   void write(int64_t image, const Tile<NDim>& tile, const T* sums) {

@@ -47,6 +47,13 @@ CASES: dict[str, dict] = {
         "stride": (1024,),
         "batch": 1,
     },
+    "depthwise, 500 taps": {
+        "extent": (520,),
+        "in_channels": 18,
+        "out_channels": 18,
+        "groups": 18,
+        "kernel": (500,),
+    },
 }
 SIGNS = ("random", "positive")
 
