@@ -18,11 +18,11 @@ struct Interrupt {
 
 // The threads of one call. Items are handed out one by one; what an item computes may depend on its index and
 // never on the thread that runs it, and no two items of one run() may write the same memory: that is what
-// makes results independent of the number of threads. Nothing here allocates after the constructor, and no
-// exception crosses run().
+// makes results independent of the number of threads. run() takes fewer threads where the system gives fewer,
+// and no exception crosses it.
 class Team {
  public:
-  Team(int threads, Interrupt interrupt);  // takes fewer threads where the system gives fewer
+  Team(int threads, Interrupt interrupt);
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
