@@ -37,14 +37,13 @@ struct BackwardPlan : Plan<T, NDim> {
         grad_x(arguments.grad_x, geometry.in_channels, geometry.input),
         threads(threads) {
     const Planes& grad_output = arguments.grad_output;
-    constexpr int64_t kVector = kLanes<T>, kLine = 64 / sizeof(T);
+    constexpr int64_t kVector = kLanes<T>;
     grads_at_x = arguments.grad_x.data;
     grads_at_positions = arguments.grad_offset.data || arguments.grad_mask.data;
     grads_at_weight = arguments.grad_weight;
     grad_output_in_place = geometry.out_channels <= 1 || grad_output.channel == sizeof(T);
     grad_output_stride = grad_output_in_place ? grad_output.position / static_cast<int64_t>(sizeof(T))
-                         : geometry.out_channels % (16 * kLine) ? geometry.out_channels
-                                                                : geometry.out_channels + kLine;
+                                              : uncrowded<T>(geometry.out_channels);
     terms = taps * this->group_inputs;
 
     // Narrower blocks where there would be too few to share among threads; the choice fixes the order of

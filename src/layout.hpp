@@ -100,6 +100,14 @@ struct Rows {
 
 constexpr int64_t kCopyPixels = 256;  // pixels of one item of a copy
 
+// The distance at which to lay rows of `count` elements: a large power of two would crowd their starts into
+// few sets of a cache.
+template <class T>
+DCN_INLINE int64_t uncrowded(int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return count % (16 * kLine) == 0 ? count + kLine : count;
+}
+
 // How the kernels reach the pixels of an array of images: in place where channels are contiguous, else
 // through a channels-last buffer of one image. The buffer holds parts of the channels one after the other,
 // [part][pixel][channel], as the pass takes them: a thread that works on a part then touches few pages and
@@ -116,12 +124,8 @@ struct Images {
     in_place = channels <= 1 || array.channel == sizeof(T);
   }
 
-  // From pixel to pixel of a part. A distance of a large power of two would crowd the pixels into few sets of
-  // a cache; several parts share the buffer without gaps.
-  int64_t stride(int64_t count) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    return count == channels && count % (16 * kLine) == 0 ? count + kLine : count;
-  }
+  // From pixel to pixel of a part; several parts share the buffer without gaps.
+  int64_t stride(int64_t count) const { return count == channels ? uncrowded<T>(count) : count; }
   size_t buffer_elements() const { return in_place ? 0 : static_cast<size_t>(pixels) * stride(channels); }
 
   Pixels<NDim> view(int64_t image, T* buffer, int64_t first, int64_t count) const {

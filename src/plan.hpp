@@ -33,8 +33,8 @@ struct Plan {
     depthwise = group_inputs == 1 && group_outputs == 1;
   }
   Tile<NDim> tile(int64_t index, int64_t size) const {
-    const int64_t first = index * size, left = positions - first;
-    return Tile<NDim>(geometry, first, left < size ? left : size);
+    const int64_t first = index * size;
+    return Tile<NDim>(geometry, first, least(size, positions - first));
   }
 };
 
