@@ -1,17 +1,22 @@
-"""Arrays in, the caller's kind of array out: for now NumPy's.
+"""Arrays in, the caller's kind of array out: NumPy's on a CPU, CuPy's on a GPU.
 
 Which shapes, dtypes and numbers fit together is decided in geometry.py; here, only what counts as an array.
+CuPy is never imported: who has an array of its kind has done so.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, TypeAlias
 
 import numpy
 
 from .messages import shown
 
-Array = numpy.ndarray[Any, Any]
+# numpy.ndarray or cupy.ndarray; CuPy has no types, and need not be there.
+Array: TypeAlias = Any
+
+_WANTED = "a numpy.ndarray or a cupy.ndarray"
 
 _MMCV_ORDER = (
     ". A number belongs to stride, padding or dilation: mmcv's deform_conv2d(x, offset, weight, stride, "
@@ -22,25 +27,51 @@ _NO_MASK = ". Without a mask, call deform_conv(x, offset, weight, ...)"
 
 
 def array(name: str, value: Any) -> Array:
-    """Return a required argument as a plain numpy.ndarray over the same memory.
+    """Return a required argument as a plain array over the same memory.
 
     Subclasses such as numpy.memmap are taken for the memory they are; results are plain arrays. A masked
     array is refused, since its mask would be lost without a word.
     """
-    return value if type(value) is numpy.ndarray else _viewed(name, value, "a numpy.ndarray")
+    return value if type(value) is numpy.ndarray else _viewed(name, value, _WANTED)
 
 
 def optional_array(name: str, value: Any) -> Array | None:
-    """Return an argument that may be None as a plain numpy.ndarray over the same memory, or None."""
+    """Return an argument that may be None as a plain array over the same memory, or None."""
     if value is None or type(value) is numpy.ndarray:
         return value
-    return _viewed(name, value, "a numpy.ndarray or None")
+    return _viewed(name, value, f"{_WANTED}, or None")
+
+
+def place_of(array: Array) -> str:
+    """Say where an array is, and of which kind: equal for arrays that can be computed on together."""
+    if isinstance(array, numpy.ndarray):
+        return "a numpy.ndarray"
+    return f"a cupy.ndarray on CUDA device {array.device.id}"
 
 
 def _viewed(name: str, value: Any, wanted: str) -> Array:
     if isinstance(value, numpy.ndarray) and not isinstance(value, numpy.ma.MaskedArray):
         return value.view(numpy.ndarray)
+    if _is_of_cupy(value):
+        _check_alignment(name, value)
+        return value
     raise TypeError(f"{name} is {shown(value)}; wanted {wanted}{_hint(name, value)}")
+
+
+def _is_of_cupy(value: Any) -> bool:
+    cupy = sys.modules.get("cupy")
+    return cupy is not None and isinstance(value, cupy.ndarray)
+
+
+def _check_alignment(name: str, value: Any) -> None:
+    """Refuse what a GPU would stop at: a read across the borders of an element."""
+    size = value.dtype.itemsize
+    steps = [stride for stride, extent in zip(value.strides, value.shape, strict=True) if extent > 1]
+    if any(number % size for number in (value.data.ptr, *steps)):
+        raise ValueError(
+            f"{name} lies at address {value.data.ptr:#x} with strides of {value.strides} bytes; wanted "
+            f"multiples of {size}, the size of {value.dtype}: {name}.copy() has them"
+        )
 
 
 def _hint(name: str, value: Any) -> str:

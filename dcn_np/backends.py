@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
+import numpy
+
+from .arrays import place_of
+
 if TYPE_CHECKING:
     from .geometry import Geometry
 
@@ -41,6 +45,12 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """The functions of a backend module; v1 is the call with mask=None, the rigid grid with offset=None."""
 
+    # What it computes in.
+    DTYPES: tuple[Any, ...]
+
+    def may_share_memory(self, a: Any, b: Any) -> bool:
+        """Tell whether two arrays overlap, judged by their first and last byte."""
+
     def deform_conv(
         self,
         geometry: Geometry,
@@ -69,8 +79,28 @@ class Backend(Protocol):
         """Return the gradients named in `needs`, each in its input's memory order."""
 
 
-def backend_of(*arrays: Any) -> Backend:
-    """Return the backend that computes on these arrays."""
+def backend_of(**arrays: Any) -> Backend:
+    """Return the backend that computes on these arrays: name=array, those that are None left out.
+
+    Raises
+    ------
+    ValueError
+        They are not all of one library, or not all on one device.
+    ImportError
+        The backend needs what is not installed.
+    """
     from . import cpu
 
-    return cast(Backend, cpu)
+    given = [(name, array) for name, array in arrays.items() if array is not None]
+    first_name, first = given[0]
+    if all(type(array) is numpy.ndarray for _, array in given):
+        return cast(Backend, cpu)
+    for name, array in given[1:]:
+        if place_of(array) != place_of(first):
+            raise ValueError(
+                f"{name} is {place_of(array)}, but {first_name} is {place_of(first)}; wanted all arrays of "
+                "one library and on one device"
+            )
+    from . import cuda
+
+    return cast(Backend, cuda)

@@ -347,12 +347,16 @@ def modulated_deform_conv(
         optional_array("mask", mask),
         optional_array("bias", bias),
     )
-    geometry = Geometry.of(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups)
+    backend = backend_of(x=x, offset=offset, mask=mask, weight=weight, bias=bias)
+    geometry = Geometry.of(
+        backend.DTYPES, x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups
+    )
     matmul = _float32_matmul if float32_matmul is None else checked_float32_matmul(float32_matmul)
     destination = optional_array("out", out)
     if destination is not None:
-        check_out(geometry, destination, x, offset, mask, weight, bias)
-    result = backend_of(x).deform_conv(geometry, x, offset, mask, weight, bias, destination, matmul)
+        backend_of(x=x, out=destination)
+        check_out(geometry, backend.may_share_memory, destination, x, offset, mask, weight, bias)
+    result = backend.deform_conv(geometry, x, offset, mask, weight, bias, destination, matmul)
     return result if out is None else out
 
 
@@ -424,11 +428,14 @@ def modulated_deform_conv_backward(
     deterministic = checked_deterministic(deterministic)
     grad_output, x, weight = array("grad_output", grad_output), array("x", x), array("weight", weight)
     offset, mask = optional_array("offset", offset), optional_array("mask", mask)
-    geometry = Geometry.of(x, offset, mask, weight, None, stride, padding, dilation, groups, offset_groups)
+    backend = backend_of(x=x, offset=offset, mask=mask, weight=weight, grad_output=grad_output)
+    geometry = Geometry.of(
+        backend.DTYPES, x, offset, mask, weight, None, stride, padding, dilation, groups, offset_groups
+    )
     check_grad_output(geometry, grad_output)
     matmul = _float32_matmul if float32_matmul is None else checked_float32_matmul(float32_matmul)
     missing = [name for name, given in (("offset", offset), ("mask", mask)) if given is None]
-    return backend_of(x).deform_conv_backward(
+    return backend.deform_conv_backward(
         geometry, grad_output, x, offset, mask, weight, needs.difference(missing), deterministic, matmul
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -20,7 +20,9 @@ from . import messages
 from .messages import count, listed, number, shown
 
 RANKS = (1, 2, 3)
-DTYPES = (numpy.dtype(numpy.float32), numpy.dtype(numpy.float64))
+# Offsets and masks of an array of these may be float32: in half precision a coordinate loses what is computed
+# carefully.
+HALVES = ("float16", "bfloat16")
 FLOAT32_MATMULS = ("strict", "tf32")
 
 # A coordinate is an integer of at most this size plus floor(offset), |floor(offset)| < 2^31: no sum the
@@ -57,7 +59,9 @@ class Geometry:
     padding : tuple of (int, int)
         Zeros before and after, per spatial axis.
     dtype : numpy.dtype
-        The one dtype of all arrays.
+        The dtype of all arrays but `offset` and `mask`.
+    position_dtype : numpy.dtype
+        The dtype of `offset` and `mask`: the same, or float32 with a half.
     """
 
     ndim: int
@@ -73,9 +77,11 @@ class Geometry:
     dilation: Shape
     output: Shape
     dtype: numpy.dtype[Any]
+    position_dtype: numpy.dtype[Any]
 
     @staticmethod
     def of(
+        dtypes: tuple[numpy.dtype[Any], ...],
         x: Any,
         offset: Any,
         mask: Any,
@@ -87,9 +93,13 @@ class Geometry:
         groups: Any,
         offset_groups: Any,
     ) -> Geometry:
-        """Check the arguments of a public function; of the arrays, read `.shape` and `.dtype` only."""
+        """Check the arguments of a public function; of the arrays, read `.shape` and `.dtype` only.
+
+        `dtypes` are those that the backend computes in.
+        """
         # One key per distinct call: to a dictionary 1, True and 1.0 are equal, hence exact ints only.
         return _checked_geometry(
+            dtypes,
             (
                 x.shape,
                 None if offset is None else offset.shape,
@@ -144,14 +154,16 @@ def check_grad_output(geometry: Geometry, grad_output: Any) -> None:
     _check_like_output(geometry, "grad_output", grad_output)
 
 
-def check_out(geometry: Geometry, out: Any, *inputs: Any) -> None:
+def check_out(
+    geometry: Geometry, may_share_memory: Callable[[Any, Any], bool], out: Any, *inputs: Any
+) -> None:
     """Check that the result can be written to `out`: shape, dtype, writeable, memory of its own.
 
     Overlap is judged by the first and last byte of each array, since exact answers can take exponential time:
     two interleaved views of one buffer are refused although they share no element.
     """
     _check_like_output(geometry, "out", out)
-    if not out.flags.writeable:
+    if not getattr(out.flags, "writeable", True):
         raise ValueError("out is read-only; wanted an array that can be written to")
     if _may_overlap_itself(out):
         raise ValueError(
@@ -159,7 +171,7 @@ def check_out(geometry: Geometry, out: Any, *inputs: Any) -> None:
             "wanted one place per element"
         )
     for name, array in zip(_ARRAYS, inputs, strict=True):
-        if array is not None and numpy.may_share_memory(out, array):
+        if array is not None and may_share_memory(out, array):
             raise ValueError(f"out and {name} lie in overlapping memory; wanted out apart from every input")
 
 
@@ -196,6 +208,7 @@ def checked_deterministic(value: Any) -> bool:
 # 1024 distinct calls: more layers than a network has, and about a megabyte. Errors are not cached.
 @lru_cache(maxsize=1024)
 def _checked_geometry(
+    computed: tuple[numpy.dtype[Any], ...],
     shapes: tuple[Any, ...],
     dtypes: tuple[Any, ...],
     stride: Any,
@@ -204,7 +217,7 @@ def _checked_geometry(
     groups: int,
     offset_groups: int,
 ) -> Geometry:
-    dtype = _common_dtype(dtypes)
+    dtype, position_dtype = _common_dtypes(computed, dtypes)
     _check_axes(*shapes)
     x, offset, mask, weight, bias = shapes
     ndim = len(x) - 2
@@ -222,6 +235,7 @@ def _checked_geometry(
         dilation=_per_axis("dilation", dilation, ndim),
         output=(),
         dtype=dtype,
+        position_dtype=position_dtype,
     )
     _check_weight(window, weight)
     geometry = replace(window, output=_checked_output(window))
@@ -306,20 +320,36 @@ def _check_entries(name: str, value: Sequence[Any], ndim: int) -> None:
 # ---- kinds and axes
 
 
-def _common_dtype(dtypes: Sequence[Any]) -> numpy.dtype[Any]:
-    given = [(name, dtype) for name, dtype in zip(_ARRAYS, dtypes, strict=True) if dtype is not None]
-    for name, dtype in given:
-        if dtype not in DTYPES:
-            raise TypeError(f"{name} has dtype {dtype}; wanted {messages.dtype_wanted(dtype, DTYPES)}")
-    common = DTYPES[DTYPES.index(dtypes[0])]
-    for name, dtype in given:
-        _check_dtype(name, dtype, common)
-    return common
+def _common_dtypes(
+    computed: Sequence[numpy.dtype[Any]], dtypes: Sequence[Any]
+) -> tuple[numpy.dtype[Any], numpy.dtype[Any]]:
+    """Return the dtype of x, weight and bias, and that of offset and mask."""
+    given = {name: dtype for name, dtype in zip(_ARRAYS, dtypes, strict=True) if dtype is not None}
+    for name, dtype in given.items():
+        if dtype not in computed:
+            raise TypeError(f"{name} has dtype {dtype}; wanted {messages.dtype_wanted(dtype, computed)}")
+    common = computed[computed.index(dtypes[0])]
+    positions = {name: dtype for name, dtype in given.items() if name in ("offset", "mask")}
+    for name, dtype in given.items():
+        if name not in positions:
+            _check_dtype(name, dtype, common)
+    for name, dtype in positions.items():
+        if not (common.name in HALVES and dtype == numpy.float32):
+            _check_dtype(name, dtype, common)
+    if len(set(positions.values())) > 1:
+        raise TypeError(
+            f"mask has dtype {positions['mask']} but offset has {positions['offset']}; wanted one dtype for "
+            "both"
+        )
+    return common, next((computed[computed.index(dtype)] for dtype in positions.values()), common)
 
 
 def _check_dtype(name: str, dtype: Any, common: Any) -> None:
     if dtype != common:
-        raise TypeError(f"{name} has dtype {dtype} but x has {common}; wanted one dtype for all arrays")
+        or_float32 = " (offset and mask may be float32)" if common.name in HALVES else ""
+        raise TypeError(
+            f"{name} has dtype {dtype} but x has {common}; wanted one dtype for all arrays{or_float32}"
+        )
 
 
 def _check_axes(

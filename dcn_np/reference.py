@@ -13,11 +13,11 @@ and g(c) = c // (channels / offset_groups) the channel's offset group. S interpo
 
     S(image, q) = sum over corners j in {0, 1}^ndim of (product over axes of weight_j[axis]) * image[cell + j]
 
-**Coordinates** are split. floor and fraction are those of the offset alone, in the offset's own dtype (a
-fraction that rounds to 1 becomes 0 of the next cell); the cell is the integer p * stride - padding_begin +
-k * dilation + floor. Along an axis the low corner has weight 1 - fraction, the high corner has weight
-fraction, and a corner outside the image has weight 0. A sample is *inside* if -1 <= cell < extent on every
-axis and |floor| < 2^31.
+**Coordinates** are split. floor and fraction are those of the offset alone, in the offset's own dtype or, for
+a half, in float32 (a fraction that rounds to 1 becomes 0 of the next cell); the cell is the integer
+p * stride - padding_begin + k * dilation + floor. Along an axis the low corner has weight 1 - fraction, the
+high corner has weight fraction, and a corner outside the image has weight 0. A sample is *inside* if
+-1 <= cell < extent on every axis and |floor| < 2^31.
 
 **Columns** are the samples before the contraction: columns[n, c, k, p] = mask * S, and y = weight x columns
 + bias. A corner with weight exactly 0 is not read, and keeps weight 0 whatever the mask is; otherwise the
@@ -172,7 +172,8 @@ def modulated_deform_conv(
     float32_matmul : ignored
         Here for the sake of the public signature; so is `deterministic` in the backward.
     dtype : dtype, optional
-        What to compute in and to return; that of x by default. The sampling points do not depend on it.
+        What to compute in and to return; by default that of x, or float32 for a half. The sampling points do
+        not depend on it.
 
     Returns
     -------
@@ -318,7 +319,7 @@ class _Problem:
         dtype: Any,
     ) -> None:
         x, weight = np.asarray(x), np.asarray(weight)
-        self.dtype = np.dtype(x.dtype if dtype is None else dtype)
+        self.dtype = np.dtype(_at_least_float32(x[:0]).dtype if dtype is None else dtype)
         self.ndim = x.ndim - 2
         self.batch, self.channels, *self.extent = x.shape
         self.out_channels, _, *self.kernel = weight.shape
@@ -345,7 +346,7 @@ class _Problem:
         self.offset = (
             np.zeros((*samples, self.ndim, self.positions), self.dtype)
             if offset is None
-            else np.asarray(offset).reshape(*samples, self.ndim, self.positions)
+            else _at_least_float32(np.asarray(offset)).reshape(*samples, self.ndim, self.positions)
         )
         self.mask_shape = None if mask is None else np.shape(mask)
         self.mask = (
@@ -477,6 +478,11 @@ class _Problem:
 def _sizes(array: Array) -> Array:
     """Absolute values in float64, 0 for what is not finite."""
     return np.abs(np.nan_to_num(np.asarray(array, np.float64), nan=0.0, posinf=0.0, neginf=0.0))
+
+
+def _at_least_float32(array: Array) -> Array:
+    """Return an array of a half as float32, others as they are."""
+    return array.astype(np.float32) if array.dtype.itemsize < 4 else array
 
 
 def _product(weights: Sequence[Array], like: Array, dtype: Any) -> Array:

@@ -171,19 +171,6 @@ DCN_INLINE void store_addresses(const AxisSample<L> (&axes)[NDim], int corner, c
   store(to, chosen + (from - Addresses{}));
 }
 
-// The weight of a corner with the mask folded in. A corner whose interpolation weight is exactly 0 keeps
-// exactly 0 whatever the mask, and is not `used`. At a NaN coordinate no corner is, and the first is NaN:
-// enough for the sample.
-template <class L, int NDim>
-DCN_INLINE typename L::Real masked_weight(const AxisSample<L> (&axes)[NDim], int corner,
-                                          typename L::Real mask, typename L::Mask& used) {
-  const typename L::Real weight = corner_weight<L, NDim>(axes, corner), zero = {};
-  const auto counts = weight != zero;
-  used = L::widen(counts);
-  const typename L::Real folded = L::select(counts, weight * mask, zero);
-  return corner > 0 ? folded : L::select(any_nan<L, NDim>(axes), L::real(__builtin_nan("")), folded);
-}
-
 // Whether 32-bit indices hold every position on the rigid grid and, with `pixels`, reach every pixel.
 template <class T, int NDim>
 bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {}) {

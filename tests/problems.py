@@ -15,23 +15,31 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import emulated_gpu as on_emulated_gpu
+import ml_dtypes
 import numpy as np
+from emulated_gpu import emulated_gpu
 from hypothesis import strategies as st
 
 import dcn_np
 from dcn_np import reference
 
-# What tests of the operator run on: the specification, and the kernels on each instruction set that is here.
-IMPLEMENTATIONS = ("reference", *dcn_np.available_isas())
+# What tests of the operator run on: the specification, the kernels on each instruction set that is here, and
+# the GPU's kernels in the emulation.
+EMULATED_GPU = "emulated GPU"
+IMPLEMENTATIONS = ("reference", *dcn_np.available_isas(), EMULATED_GPU)
 
 RANKS = (1, 2, 3)
 DTYPES = (np.dtype(np.float32), np.dtype(np.float64))
 
+HALVES = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+
 # What the wanted result is computed in: at least twice the digits that the comparison looks at.
-WIDER = {np.dtype(np.float32): np.float64, np.dtype(np.float64): np.longdouble}
+WIDER = {np.dtype(np.float64): np.longdouble, **dict.fromkeys((np.dtype(np.float32), *HALVES), np.float64)}
 
 # The tolerance: |got - want| <= UNITS * u * scale, u the unit roundoff, scale from reference.error_scales.
-UNITS = {np.dtype(np.float32): 16.0, np.dtype(np.float64): 16.0}
+# Halves are computed in float32 and rounded once; a slope can be twice its scale.
+UNITS = {np.dtype(np.float32): 16.0, np.dtype(np.float64): 16.0, **dict.fromkeys(HALVES, 2.01)}
 
 # Channel counts of one group: below, at and above the widths of vectors (2 to 16 lanes) and multiples.
 VECTOR_CHANNELS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 23, 31, 32, 33, 48, 63, 64, 65)
@@ -47,13 +55,17 @@ def implementation(name: str) -> Iterator:
     if name == "reference":
         yield reference
         return
+    if name == EMULATED_GPU:
+        with emulated_gpu():
+            yield on_emulated_gpu
+        return
     with dcn_np.use_isa(name):
         yield dcn_np
 
 
 def unit_roundoff(dtype) -> float:
-    """Half the distance from 1 to the next number: 2^-24 in float32, 2^-53 in float64."""
-    return float(np.finfo(dtype).eps) / 2
+    """Half the distance from 1 to the next number: 2^-24 in float32, 2^-53 in float64, 2^-8 in bfloat16."""
+    return float(ml_dtypes.finfo(dtype).eps) / 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -483,7 +495,7 @@ def error_in_units(got, want, dtype, scale) -> float:
     got, want = np.asarray(got, wide), np.asarray(want, wide)
     finite = np.isfinite(want) & np.isfinite(got)
     difference = np.abs(np.where(finite, got, 0) - np.where(finite, want, 0))
-    difference = np.where(difference <= np.finfo(dtype).smallest_normal, 0, difference)
+    difference = np.where(difference <= ml_dtypes.finfo(dtype).smallest_normal, 0, difference)
     unit = unit_roundoff(dtype) * np.asarray(scale, wide)
     units = np.divide(difference, unit, out=np.where(difference > 0, wide(np.inf), 0), where=unit > 0)
     return float(np.max(units, initial=0))

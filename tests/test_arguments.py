@@ -10,6 +10,7 @@ import numpy
 import pytest
 
 import dcn_np
+from dcn_np import cpu
 from dcn_np.geometry import GEOMETRY_DTYPE, Geometry
 
 FORWARD = (dcn_np.deform_conv, dcn_np.modulated_deform_conv)
@@ -113,7 +114,7 @@ def test_a_number_that_fits_nowhere_is_refused_in_every_place(function, ndim, va
 
 
 def of_arrays(given):
-    return [given.get(name) for name in ("x", "offset", "mask", "weight", "bias")]
+    return [cpu.DTYPES, *(given.get(name) for name in ("x", "offset", "mask", "weight", "bias"))]
 
 
 def window(**parameters):
@@ -677,7 +678,7 @@ def overlapping_rows(array):
         (lambda y: y[0], ValueError, "^out has shape"),
         (lambda y: y.astype(numpy.float64), TypeError, "^out has dtype float64 but x has float32"),
         (lambda y: y.astype(">f4"), TypeError, "^out has dtype"),
-        (lambda y: y.tolist(), TypeError, r"^out is .*; wanted a numpy\.ndarray or None"),
+        (lambda y: y.tolist(), TypeError, r"^out is .*; wanted a numpy\.ndarray or a cupy\.ndarray, or None"),
         (lambda y: numpy.ma.array(y), TypeError, "^out is "),
         (read_only, ValueError, "^out is read-only"),
         (broadcast, ValueError, "^out has strides .*share memory"),
@@ -884,7 +885,7 @@ def test_a_dtype_with_metadata_is_its_dtype():
     x = numpy.zeros((1, 1, 41), numpy.dtype(numpy.float32, metadata={"unit": "m"}))
     weight = numpy.zeros((1, 1, 1), numpy.float32)
     assert x.dtype.metadata
-    assert Geometry.of(x, None, None, weight, None, **window()).dtype.metadata is None
+    assert Geometry.of(cpu.DTYPES, x, None, None, weight, None, **window()).dtype.metadata is None
 
 
 # ---- what the docstrings show

@@ -182,6 +182,28 @@ def test_gpus_are_what_nvidia_smi_says(script, expected, tmp_path, monkeypatch):
     assert len(machine.gpus()) == expected
 
 
+@pytest.mark.parametrize(
+    ("devices", "cupy", "compiler", "said"),
+    [
+        ([], None, None, "nothing is missing"),
+        ([], "14.2", "13.0", "no NVIDIA driver"),
+        (["H200"], None, None, r"dcn_np\[cuda13\]"),
+        (["H200"], "14.2", None, "pip install nvidia-cuda-nvrtc"),
+        (["H200"], "14.2", "13.0", "everything .* is there"),
+    ],
+)
+def test_doctor_says_what_a_gpu_lacks(devices, cupy, compiler, said):
+    assert re.search(said, machine.gpu_advice(devices, cupy, compiler))
+
+
+def test_doctor_finds_no_compiler_where_there_is_none(monkeypatch):
+    def nothing():
+        raise ImportError
+
+    monkeypatch.setattr(machine.cuda_nvrtc, "nvrtc", nothing)
+    assert machine.nvrtc() == {"version": None, "path": None}
+
+
 # the comparison that both rest on
 
 

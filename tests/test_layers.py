@@ -11,7 +11,7 @@ import pytest
 from calls import python
 
 import dcn_np
-from dcn_np import backends, cpu, geometry, reference
+from dcn_np import backends, cpu, cuda, geometry, reference
 from dcn_np.cpu import _native
 
 PACKAGE = Path(dcn_np.__file__).parent
@@ -26,15 +26,23 @@ MAY_IMPORT = {
     "arrays": {"messages"},
     "geometry": {"messages"},
     "messages": set(),
-    "backends": {"cpu"},
+    "backends": {"arrays", "cpu", "cuda"},
     "cpu": {"backends", "cpu._native", "geometry", "threads"},
+    "cuda": {"backends", "cuda.device", "cuda.engine", "geometry"},
+    "cuda.device": {"cuda.modules"},
+    "cuda.engine": {"backends", "cuda.fused", "cuda.launching", "cuda.modules", "geometry"},
+    "cuda.fused": {"cuda.launching", "cuda.modules", "geometry"},
+    "cuda.launching": {"geometry"},
+    "cuda.modules": {"cuda.nvrtc"},
+    "cuda.nvrtc": set(),
     "cgroup": set(),
     "threads": {"cgroup", "cpu._native"},
     "reference": set(),
 }
 
-# Below the commands, which draw and compare, nothing but NumPy is needed.
+# Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
+MAY_ALSO_REQUIRE = {"cuda": {"ml_dtypes"}, "cuda.device": {"cupy"}}
 
 
 def python_modules():
@@ -105,7 +113,8 @@ def test_the_allowed_imports_have_no_cycle_between_operators_and_what_they_stand
 @pytest.mark.parametrize("module", LAYERED)
 def test_a_module_requires_numpy_and_the_standard_library_only(module):
     roots = {name.split(".")[0] for name in imports(MODULES[module])}
-    assert roots <= MAY_REQUIRE | {"dcn_np", "__future__"} | sys.stdlib_module_names
+    allowed = MAY_REQUIRE | MAY_ALSO_REQUIRE.get(module, set()) | {"dcn_np", "__future__"}
+    assert roots <= allowed | sys.stdlib_module_names
 
 
 def test_only_commands_import_the_reference():
@@ -139,10 +148,11 @@ def protocol_functions():
     ]
 
 
+@pytest.mark.parametrize("backend", [cpu, cuda], ids=lambda backend: backend.__name__)
 @pytest.mark.parametrize("name", protocol_functions())
-def test_a_backend_has_the_signatures_of_the_protocol(name):
-    assert list(parameters(getattr(cpu, name))) == list(parameters(getattr(backends.Backend, name)))
-    assert parameters(getattr(cpu, name)) == parameters(getattr(backends.Backend, name))
+def test_a_backend_has_the_signatures_of_the_protocol(backend, name):
+    assert list(parameters(getattr(backend, name))) == list(parameters(getattr(backends.Backend, name)))
+    assert parameters(getattr(backend, name)) == parameters(getattr(backends.Backend, name))
 
 
 def test_the_protocol_has_functions():

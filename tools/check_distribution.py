@@ -71,7 +71,12 @@ def check_contents(path):
         sections = {name: elf_sections(archive.read(name)) for name in names if ".so" in Path(name).name}
     unwanted = [name for name in names if name.endswith((".pyx", ".cpp", ".c", ".o", ".a", ".pyc"))]
     assert not unwanted, f"{path.name} contains {unwanted}"
-    wanted = {"dcn_np/py.typed", "dcn_np/cpu/_native.pyi", "dcn_np/kernels/sampling.hpp"}
+    wanted = {
+        "dcn_np/py.typed",
+        "dcn_np/cpu/_native.pyi",
+        "dcn_np/kernels/sampling.hpp",
+        "dcn_np/kernels/plain.cu",
+    }
     assert wanted <= set(names), f"{path.name} lacks {wanted - set(names)}"
     debug = [
         (name, section)

@@ -16,6 +16,7 @@ from dcn_np.commands import machine
 from dcn_np.commands.comparison import ALLOWED_ROUNDINGS
 from dcn_np.commands.selftest import Finding, self_test
 from dcn_np.cpu import _native
+from dcn_np.cuda.modules import cache_folder
 
 Report = dict[str, Any]
 
@@ -52,7 +53,7 @@ def examine() -> Report:
         "threads": {**threads_in_use(), "limits": machine.thread_limits()},
         "openmp_runtimes": machine.openmp_runtimes(),
         "optional_packages": machine.optional_packages(),
-        "gpus": machine.gpus(),
+        "gpu": report_gpu(),
         "self_test": tested,
     }
 
@@ -63,6 +64,18 @@ def threads_in_use() -> Report:
         return {"in_use": dcn_np.get_num_threads(), "problem": None}
     except ValueError as error:
         return {"in_use": None, "problem": str(error)}
+
+
+def report_gpu() -> Report:
+    """What there is to compute on CuPy's arrays, and what is missing."""
+    devices, compiler = machine.gpus(), machine.nvrtc()
+    cupy = machine.optional_packages()["cupy"]
+    return {
+        "devices": devices,
+        "nvrtc": compiler,
+        "cache": str(cache_folder()),
+        "advice": machine.gpu_advice(devices, cupy, compiler["version"]),
+    }
 
 
 def report_self_test() -> Report:
@@ -96,7 +109,9 @@ def render(report: Report) -> list[str]:
         "",
         *render_openmp(report["openmp_runtimes"]),
         "",
-        *render_optional(report["optional_packages"], report["gpus"]),
+        *render_optional(report["optional_packages"]),
+        "",
+        *render_gpu(report["gpu"]),
         "",
         *render_self_test(report["self_test"]),
     ]
@@ -131,15 +146,27 @@ def render_openmp(runtimes: list[str]) -> list[str]:
     return lines
 
 
-def render_optional(packages: dict[str, str | None], gpus: list[str]) -> list[str]:
-    """Optional packages and GPUs; neither is needed."""
+def render_optional(packages: dict[str, str | None]) -> list[str]:
+    """Optional packages, none of which is needed."""
     found = [f"{name} {version}" for name, version in packages.items() if version]
     absent = [name for name, version in packages.items() if not version]
     return [
         "Optional packages (none is needed, none was imported)",
         f"  found:  {', '.join(found) or 'none'}",
         f"  absent: {', '.join(absent) or 'none'}",
-        f"GPU: {'; '.join(gpus) or 'none found'}",
+    ]
+
+
+def render_gpu(gpu: Report) -> list[str]:
+    """Which GPUs there are, and what compiles for them."""
+    compiler = (
+        f"{gpu['nvrtc']['version']}, {gpu['nvrtc']['path']}" if gpu["nvrtc"]["version"] else "none found"
+    )
+    return [
+        f"GPU: {'; '.join(gpu['devices']) or 'none found'}",
+        f"  {'NVRTC, which compiles the kernels':<44} {compiler}",
+        f"  {'compiled kernels are kept in':<44} {gpu['cache']}",
+        f"  {gpu['advice']}",
     ]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dcn_np import threads
 from dcn_np.cpu import _native
+from dcn_np.cuda import nvrtc as cuda_nvrtc
 
 OPENMP_RUNTIME = re.compile(r"/lib(?:gomp|omp|iomp5)[^/]*\.so[^/]*$")
 
@@ -83,6 +84,28 @@ def gpus() -> list[str]:
         except (OSError, subprocess.SubprocessError):
             pass
     return sorted(path for path in glob.glob("/dev/nvidia*") if re.fullmatch(r"/dev/nvidia\d+", path))
+
+
+def nvrtc() -> dict[str, str | None]:
+    """Version and file of the compiler of GPU kernels; None where it is not."""
+    try:
+        found = cuda_nvrtc.nvrtc()
+    except ImportError:
+        return {"version": None, "path": None}
+    return {"version": ".".join(map(str, found.version)), "path": found.path}
+
+
+def gpu_advice(devices: list[str], cupy: str | None, compiler: str | None) -> str:
+    """Say in a sentence what is missing for CuPy's arrays to be computed on, or that nothing is."""
+    if not devices:
+        return (
+            "CuPy is installed, but no NVIDIA driver was found"
+            if cupy
+            else "without a GPU nothing is missing"
+        )
+    if not cupy:
+        return 'pip install "dcn_np[cuda13]" (or [cuda12]) brings CuPy, whose arrays are computed on the GPU'
+    return "everything for CuPy's arrays is there" if compiler else cuda_nvrtc.NOT_FOUND
 
 
 def thread_limits() -> dict[str, int | str | None]:

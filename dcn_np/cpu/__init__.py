@@ -20,6 +20,7 @@ os.register_at_fork(after_in_child=_native.after_fork_in_child)
 
 _ISAS = [name for name, _ in _native.isas()]
 _DTYPES = {numpy.dtype(name): number for number, name in enumerate(_native.dtypes())}
+DTYPES = tuple(_DTYPES)
 
 
 def available_isas() -> tuple[str, ...]:
@@ -73,6 +74,11 @@ def use_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _context_isa.reset(token)
+
+
+def may_share_memory(a: Any, b: Any) -> bool:
+    """Tell whether two arrays overlap, judged by their first and last byte."""
+    return numpy.may_share_memory(a, b)
 
 
 def deform_conv(

@@ -87,6 +87,19 @@ DCN_INLINE typename Lanes::RealMask any_nan(const AxisSample<Lanes> (&axes)[NDim
   return nan;
 }
 
+// The weight of a corner with the mask folded in. A corner whose interpolation weight is exactly 0 keeps
+// exactly 0 whatever the mask, and is not `used`. At a NaN coordinate no corner is, and the first is NaN:
+// enough for the sample.
+template <class Lanes, int NDim>
+DCN_INLINE typename Lanes::Real masked_weight(const AxisSample<Lanes> (&axes)[NDim], int corner,
+                                              typename Lanes::Real mask, typename Lanes::Mask& used) {
+  const typename Lanes::Real weight = corner_weight<Lanes, NDim>(axes, corner), zero = {};
+  const auto counts = weight != zero;
+  used = Lanes::widen(counts);
+  const typename Lanes::Real folded = Lanes::select(counts, weight * mask, zero);
+  return corner > 0 ? folded : Lanes::select(any_nan<Lanes, NDim>(axes), Lanes::real(DCN_NAN), folded);
+}
+
 template <class Lanes, int NDim>
 struct PositionGradients {
   typename Lanes::Real offset[NDim];
@@ -108,7 +121,6 @@ DCN_INLINE PositionGradients<Lanes, NDim> position_gradients(const AxisSample<La
   auto supported = axes[0].inside[0] | axes[0].inside[1];
   for (int axis = 1; axis < NDim; ++axis)
     supported = supported & (axes[axis].inside[0] | axes[axis].inside[1]);
-  const auto outside = ~Lanes::narrow(supported);
 
   // sum over corners of weight x dot, where the weight is not 0 and the corner is in the image
   const auto weighted = [&](int corner, Real weight) {
@@ -116,7 +128,8 @@ DCN_INLINE PositionGradients<Lanes, NDim> position_gradients(const AxisSample<La
     return Lanes::select(counts, weight * dots[corner], zero);
   };
   const auto finish = [&](Real value) {
-    return Lanes::select(nan, Lanes::real(__builtin_nan("")), Lanes::select(outside, zero, value));
+    const Real defined = Lanes::select(Lanes::narrow(supported), value, zero);
+    return Lanes::select(nan, Lanes::real(DCN_NAN), defined);
   };
 
   PositionGradients<Lanes, NDim> gradients;

@@ -1,0 +1,66 @@
+"""The CuPy backend: arrays on a CUDA device, computed there, on the caller's current stream.
+
+    deform_conv, deform_conv_backward ─► engine     which kernels, in which order
+                                      └► device ─► modules ─► nvrtc     who runs and compiles them
+
+Only `device` imports CuPy, when the first array comes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+from ..backends import Gradients
+from ..geometry import Geometry
+from . import engine
+
+
+def _dtypes() -> tuple[numpy.dtype[Any], ...]:
+    names = [numpy.dtype(name) for name in ("float32", "float64", "float16")]
+    try:
+        import ml_dtypes
+    except ImportError:  # then CuPy has no arrays of it either
+        return tuple(names)
+    return (*names, numpy.dtype(ml_dtypes.bfloat16))
+
+
+DTYPES = _dtypes()
+
+
+def may_share_memory(a: Any, b: Any) -> bool:
+    """Tell whether two arrays overlap, judged by their first and last byte."""
+    from . import device
+
+    return device.may_share_memory(a, b)
+
+
+def deform_conv(
+    geometry: Geometry, x: Any, offset: Any, mask: Any, weight: Any, bias: Any, out: Any, float32_matmul: str
+) -> Any:
+    """Queue the forward pass; nothing waits for it."""
+    from .device import on_device_of
+
+    with on_device_of(x) as device:
+        return engine.deform_conv(device, geometry, x, offset, mask, weight, bias, out, float32_matmul)
+
+
+def deform_conv_backward(
+    geometry: Geometry,
+    grad_output: Any,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    needs: frozenset[str],
+    deterministic: bool,
+    float32_matmul: str,
+) -> Gradients:
+    """Queue the gradients in `needs`; nothing waits for them."""
+    from .device import on_device_of
+
+    with on_device_of(x) as device:
+        return engine.deform_conv_backward(
+            device, geometry, grad_output, x, offset, mask, weight, needs, deterministic, float32_matmul
+        )

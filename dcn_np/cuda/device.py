@@ -1,0 +1,89 @@
+"""CuPy as the `Device` of launching.py: memory from its pool, kernels on the current stream.
+
+No function of CuPy that compiles anything is called: those need CUDA headers, which a user need not have.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import cupy
+
+from .modules import Module, cubin_path
+
+# More shared memory than this per block has to be asked for.
+_SHARED_WITHOUT_ASKING = 48 * 1024
+
+
+def may_share_memory(a: Any, b: Any) -> bool:
+    """Tell whether two arrays overlap, judged by their first and last byte."""
+    return bool(cupy.may_share_memory(a, b))
+
+
+@contextmanager
+def on_device_of(array: Any) -> Iterator[CupyDevice]:
+    """Make the device of an array the current one."""
+    with array.device:
+        yield _device(array.device.id)
+
+
+class CupyDevice:
+    """The current device, which has to be number `number`."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.architecture = int(cupy.cuda.Device(number).compute_capability)
+        self._functions: dict[tuple[Module, str], Any] = {}
+        self._modules: dict[Module, Any] = {}
+        self._lock = threading.Lock()
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return a new array in C order."""
+        return cupy.empty(shape, dtype)
+
+    def empty_like(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """Return a new array with the dtype and memory order of another."""
+        return cupy.empty_like(array, shape=shape)
+
+    def fill_with_zeros(self, array: Any) -> None:
+        """Write zeros to an array without gaps, in any order of axes."""
+        if array.nbytes:
+            array.data.memset_async(0, array.nbytes)
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of the first element."""
+        return int(array.data.ptr)
+
+    def launch(
+        self,
+        module: Module,
+        kernel: str,
+        blocks: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        record: Any,
+    ) -> None:
+        """Queue a kernel on the current stream."""
+        self._function(module, kernel, shared)(blocks, (threads, 1, 1), (record,), shared_mem=shared)
+
+    def _function(self, module: Module, kernel: str, shared: int) -> Any:
+        function = self._functions.get((module, kernel))
+        if function is None:
+            with self._lock:
+                if module not in self._modules:
+                    path = cubin_path(module, self.architecture)
+                    self._modules[module] = cupy.RawModule(path=str(path))
+                function = self._modules[module].get_function(kernel)
+                if shared > _SHARED_WITHOUT_ASKING:
+                    function.max_dynamic_shared_size_bytes = shared
+                self._functions[module, kernel] = function
+        return function
+
+
+@cache
+def _device(number: int) -> CupyDevice:
+    return CupyDevice(number)

@@ -1,0 +1,296 @@
+"""Which kernels a call launches, in which order, with what between them.
+
+Nothing here knows CuPy: a `Device` allocates and launches, so that the tests run this on an emulated one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy
+
+from ..backends import Gradients
+from ..geometry import Geometry
+from .launching import MOST_BLOCKS, Device, arguments, positions_of, shape_record
+from .modules import Module, copies, plain
+
+# Tile sizes of the plain kernels and of copies.cu.
+_TILE, _WARP, _THREADS, _COPY_TILE = 64, 32, 256, 32
+
+# Fewer outputs or channels per group than this leave most of a tile empty.
+_LEAST_IN_TILE = 16
+_LEAST_WEIGHTS_IN_TILE = 256
+
+# A sum over positions is cut into parts of about this many positions, at most so many parts: a function of
+# the geometry alone, so that the bits do not depend on the device.
+_POSITIONS_PER_PART = 2048
+_MOST_PARTS = 64
+
+# With deterministic=True the gradients of the columns are kept, for as many positions as fit in this.
+_COLUMNS_BYTES = 2**28
+
+
+def deform_conv(
+    device: Device,
+    geometry: Geometry,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    bias: Any,
+    out: Any,
+    float32_matmul: str,
+) -> Any:
+    """Compute the forward pass into `out`, or a new array in x's memory order."""
+    if out is None:
+        out = device.empty_like(x, geometry.output_shape)
+    if not math.prod(geometry.output_shape):
+        return out
+    work = _Work(device, geometry)
+    tiled = geometry.out_channels // geometry.groups >= _LEAST_IN_TILE
+    blocks = -(-geometry.out_channels // _WARP)
+    if tiled:
+        blocks = geometry.groups * -(-geometry.out_channels // geometry.groups // _TILE)
+    work.launch_positions(
+        "tiled_forward" if tiled else "direct_forward",
+        blocks,
+        _TILE if tiled else _THREADS // _WARP,
+        x=work.channels_last(x),
+        offset=offset,
+        mask=mask,
+        weight=work.packed(weight, (2, 1, 0)),
+        bias=None if bias is None else work.contiguous(bias),
+        output=out,
+    )
+    return out
+
+
+def deform_conv_backward(
+    device: Device,
+    geometry: Geometry,
+    grad_output: Any,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    needs: frozenset[str],
+    deterministic: bool,
+    float32_matmul: str,
+) -> Gradients:
+    """Compute the gradients in `needs`, each in its input's memory order."""
+    work = _Work(device, geometry)
+    inputs = {"x": x, "offset": offset, "mask": mask, "weight": weight}
+    like = {name: inputs[name] for name in inputs if name in needs}
+    gradients = Gradients(**{name: device.empty_like(array, array.shape) for name, array in like.items()})
+    if "bias" in needs:
+        gradients = gradients._replace(bias=device.empty((geometry.out_channels,), geometry.dtype))
+    if not positions_of(geometry):
+        for gradient in gradients:
+            if gradient is not None:
+                device.fill_with_zeros(gradient)
+        return gradients
+
+    if not needs:
+        return gradients
+    grads = work.channels_last(grad_output)
+    read = {"offset": offset, "mask": mask, "output": grads}
+    if needs != {"bias"}:
+        read["x"] = work.channels_last(x)
+    if needs & {"x", "offset", "mask"}:
+        _walk_positions(work, read, weight, gradients, deterministic)
+    if gradients.weight is not None and gradients.weight.size:
+        _sum_weights(work, read, gradients.weight)
+    if gradients.bias is not None:
+        _sum_positions(work, grads, gradients.bias)
+    return gradients
+
+
+def _walk_positions(
+    work: _Work, inputs: dict[str, Any], weight: Any, gradients: Gradients, deterministic: bool
+) -> None:
+    geometry = work.geometry
+    sums = None if gradients.x is None else work.sums_like(gradients.x)
+    shared = (
+        geometry.out_channels // geometry.groups,
+        geometry.in_channels // max(geometry.groups, geometry.offset_groups),
+    )
+    fields = {
+        **inputs,
+        "weight": work.packed(weight, (2, 0, 1)),
+        "grad_x": sums,
+        "grad_offset": gradients.offset,
+        "grad_mask": gradients.mask,
+    }
+    ordered = deterministic and sums is not None
+    work.launch_positions(
+        "tiled_positions" if min(shared) >= _LEAST_IN_TILE else "direct_positions",
+        geometry.taps * geometry.offset_groups,
+        _TILE,
+        _add_in_order(work, fields) if ordered else None,
+        most=_positions_kept(work) if ordered else None,
+        **fields,
+    )
+    if sums is not None and sums is not gradients.x:
+        work.copy("copy_sums", sums, gradients.x)
+
+
+def _positions_kept(work: _Work) -> int:
+    """Return of how many positions the gradients of the columns are kept, whole images if possible."""
+    geometry = work.geometry
+    per_position = max(1, geometry.taps * geometry.in_channels * work.sum_dtype.itemsize)
+    kept = max(1, min(positions_of(geometry), _COLUMNS_BYTES // per_position))
+    per_image = math.prod(geometry.output)
+    return kept // per_image * per_image or kept
+
+
+def _add_in_order(work: _Work, fields: dict[str, Any]) -> Callable[[int, int, Any], Any]:
+    """Return what to do with the columns' gradients of some positions once they are there."""
+    geometry = work.geometry
+    per_image = math.prod(geometry.output)
+    given = {name: fields[name] for name in ("x", "offset", "mask", "grad_x")}
+
+    def add(first: int, count: int, columns: Any) -> None:
+        images = (first + count - 1) // per_image - first // per_image + 1
+        blocks = images * -(-geometry.in_channels // _THREADS)
+        work.launch(work.plain, "add_in_order", blocks, first=first, count=count, between=columns, **given)
+
+    return add
+
+
+def _sum_weights(work: _Work, inputs: dict[str, Any], result: Any) -> None:
+    geometry = work.geometry
+    outputs, channels = geometry.out_channels // geometry.groups, geometry.in_channels // geometry.groups
+    parts = work.parts(positions_of(geometry))
+    sums = work.device.empty((parts, geometry.taps, geometry.out_channels, channels), work.sum_dtype)
+    tiled = outputs * channels >= _LEAST_WEIGHTS_IN_TILE
+    blocks = -(-geometry.out_channels * channels // _THREADS)
+    if tiled:
+        blocks = -(-channels // _TILE) * -(-outputs // _TILE) * geometry.groups
+    work.launch(
+        work.plain,
+        "tiled_weights" if tiled else "direct_weights",
+        blocks * geometry.taps * parts,
+        count=positions_of(geometry),
+        parts=parts,
+        between=sums,
+        **inputs,
+    )
+    work.add_parts(sums, result)
+
+
+def _sum_positions(work: _Work, grads: Any, result: Any) -> None:
+    """Add `grads` over images and positions."""
+    if not result.size:
+        return
+    parts = work.parts(positions_of(work.geometry))
+    sums = work.device.empty((parts, 1, grads.shape[1], 1), work.sum_dtype)
+    record = shape_record(grads.shape[0], grads.shape[1], grads.shape[2:])
+    blocks = parts * -(-grads.shape[1] // _COPY_TILE)
+    work.launch(work.copies, "add_positions", blocks, record, x=grads, between=sums, parts=parts)
+    work.add_parts(sums, result.reshape(-1, 1, 1))
+
+
+class _Work:
+    """One call on a device: its launches and the arrays between them."""
+
+    def __init__(self, device: Device, geometry: Geometry) -> None:
+        self.device = device
+        self.geometry = geometry
+        self.sum_dtype = numpy.dtype(numpy.float32 if geometry.dtype.itemsize == 2 else geometry.dtype)
+        self.plain = plain(geometry.dtype, geometry.position_dtype, geometry.ndim)
+        self.copies = copies(geometry.dtype)
+
+    def launch(self, module: Module, kernel: str, blocks: int, record: Any = None, **fields: Any) -> None:
+        """Launch a kernel of 256 threads per block; `record` in place of this call's geometry."""
+        given = arguments(self.device, self.geometry.struct if record is None else record, **fields)
+        self.device.launch(module, kernel, (blocks, 1, 1), _THREADS, 0, given)
+
+    def launch_positions(
+        self,
+        kernel: str,
+        blocks_per_tile: int,
+        tile: int,
+        then: Callable[[int, int, Any], Any] | None = None,
+        most: int | None = None,
+        **fields: Any,
+    ) -> None:
+        """Launch a plain kernel over all positions, a part of them at a time where a grid has no room.
+
+        With `then`, the kernel also leaves the gradients of the columns of at most `most` positions between
+        it and a call of `then`.
+        """
+        total = positions_of(self.geometry)
+        at_once = max(1, MOST_BLOCKS // blocks_per_tile) * tile
+        columns = None
+        if then is not None and most is not None:
+            at_once = min(at_once, most)
+            shape = (at_once, self.geometry.taps, self.geometry.in_channels)
+            columns = self.device.empty(shape, self.sum_dtype)
+        for first, count in _pieces(total, at_once):
+            blocks = -(-count // tile) * blocks_per_tile
+            self.launch(self.plain, kernel, blocks, first=first, count=count, between=columns, **fields)
+            if then is not None:
+                then(first, count, columns)
+
+    def copy(self, kernel: str, source: Any, destination: Any) -> Any:
+        """Copy between memory orders; return the destination."""
+        batch, channels, *axes = source.shape
+        record = shape_record(batch, channels, tuple(axes))
+        blocks = -(-channels // _COPY_TILE) * -(-math.prod(axes) // _COPY_TILE) * batch
+        if blocks:
+            self.launch(self.copies, kernel, blocks, record, x=source, output=destination)
+        return destination
+
+    def channels_last(self, array: Any) -> Any:
+        """Return an array whose channels lie side by side: itself, or a copy."""
+        if array.shape[1] == 1 or array.strides[1] == array.dtype.itemsize:
+            return array
+        return self.copy("copy", array, _channels_last(self.device, array.shape, array.dtype))
+
+    def packed(self, weight: Any, order: tuple[int, int, int]) -> Any:
+        """Return the weights with (out_channels, channels, taps) in another order of axes, contiguous."""
+        outputs, channels, *kernel = weight.shape
+        shape = (outputs, channels, math.prod(kernel))
+        packed = self.device.empty(tuple(shape[axis] for axis in order), weight.dtype)
+        view = packed.transpose([order.index(axis) for axis in range(3)]).reshape(weight.shape)
+        self.copy("copy", weight, view)
+        return packed
+
+    def contiguous(self, vector: Any) -> Any:
+        """Return a vector without gaps: itself, or a copy."""
+        if vector.strides[0] == vector.dtype.itemsize or vector.size <= 1:
+            return vector
+        new = self.device.empty(vector.shape, vector.dtype)
+        self.copy("copy", vector.reshape(-1, 1, 1), new.reshape(-1, 1, 1))
+        return new
+
+    def sums_like(self, result: Any) -> Any:
+        """Return zeros for the sums of grad_x, channels-last: the result itself if it is so."""
+        direct = result.dtype == self.sum_dtype and result.strides[1] == result.dtype.itemsize
+        sums = result if direct else _channels_last(self.device, result.shape, self.sum_dtype)
+        self.device.fill_with_zeros(sums)
+        return sums
+
+    def parts(self, positions: int) -> int:
+        """Return into how many parts a sum over positions is cut."""
+        return max(1, min(_MOST_PARTS, positions // _POSITIONS_PER_PART))
+
+    def add_parts(self, sums: Any, result: Any) -> None:
+        """Add partial sums (parts, taps, outputs, channels) to a result (outputs, channels, *axes)."""
+        parts, taps, outputs, channels = sums.shape
+        record = shape_record(outputs, channels, result.shape[2:])
+        blocks = taps * -(-outputs * channels // _THREADS)
+        self.launch(self.copies, "add_parts", blocks, record, between=sums, output=result, parts=parts)
+
+
+def _pieces(total: int, most: int) -> Iterator[tuple[int, int]]:
+    for first in range(0, total, most):
+        yield first, min(most, total - first)
+
+
+def _channels_last(device: Device, shape: tuple[int, ...], dtype: Any) -> Any:
+    batch, channels, *axes = shape
+    last = device.empty((batch, *axes, channels), dtype)
+    return last.transpose(0, len(shape) - 1, *range(1, len(shape) - 1))

@@ -1,0 +1,123 @@
+"""What a GPU kernel is launched with: the record that it is given, and what runs it.
+
+`ARGUMENTS_DTYPE` has the bytes of `Arguments` in kernels/arguments.hpp.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy
+
+from ..geometry import GEOMETRY_DTYPE, RANKS, Geometry
+
+if TYPE_CHECKING:
+    from .modules import Module
+
+ARRAY_DTYPE = numpy.dtype(
+    [
+        ("data", numpy.uint64),
+        ("batch", numpy.int64),
+        ("channel", numpy.int64),
+        ("axis", numpy.int64, (max(RANKS),)),
+    ]
+)
+_ARRAYS = ("x", "grad_x", "offset", "mask", "output", "grad_offset", "grad_mask")
+_POINTERS = ("bias", "weight", "between")
+_NUMBERS = ("first", "count", "parts")
+ARGUMENTS_DTYPE = numpy.dtype(
+    [
+        ("geometry", GEOMETRY_DTYPE),
+        *((name, ARRAY_DTYPE) for name in _ARRAYS),
+        *((name, numpy.uint64) for name in _POINTERS),
+        *((name, numpy.int64) for name in _NUMBERS),
+    ]
+)
+
+# Blocks along the one axis of a grid: CUDA takes 2^31 - 1.
+MOST_BLOCKS = 2**30
+
+
+class Device(Protocol):
+    """Where kernels run: allocates arrays and launches, all in the order of one stream.
+
+    An array has `shape`, `strides` in bytes and `dtype`, whatever library it is of.
+    """
+
+    @property
+    def architecture(self) -> int:
+        """The compute capability as one number, such as 90."""
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Return a new array in C order."""
+
+    def empty_like(self, array: Any, shape: tuple[int, ...]) -> Any:
+        """Return a new array with the dtype and memory order of another."""
+
+    def fill_with_zeros(self, array: Any) -> None:
+        """Write zeros to an array without gaps, in any order of axes."""
+
+    def pointer(self, array: Any) -> int:
+        """Return the address of the first element."""
+
+    def launch(
+        self,
+        module: Module,
+        kernel: str,
+        blocks: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        record: Any,
+    ) -> None:
+        """Run a kernel with `shared` bytes of dynamic shared memory."""
+
+
+def arguments(device: Device, geometry: numpy.ndarray[Any, Any], **fields: Any) -> numpy.ndarray[Any, Any]:
+    """Return the record for one launch: arrays by name, numbers as they are; what is left out is 0.
+
+    Parameters
+    ----------
+    device : Device
+        Whose arrays these are.
+    geometry : numpy.ndarray
+        A record of GEOMETRY_DTYPE.
+    **fields
+        Fields of ARGUMENTS_DTYPE; None is left out.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (1,), dtype ARGUMENTS_DTYPE.
+    """
+    record = numpy.zeros(1, ARGUMENTS_DTYPE)
+    record["geometry"] = geometry
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if name in _ARRAYS:
+            place(record[name][0], device.pointer(value), value.strides)
+        else:
+            record[name] = value if name in _NUMBERS else device.pointer(value)
+    return record
+
+
+def place(record: Any, pointer: int, strides: tuple[int, ...]) -> None:
+    """Fill in where an array (batch, channels, *axes) lies."""
+    record["data"], record["batch"], record["channel"] = pointer, strides[0], strides[1]
+    record["axis"][: len(strides) - 2] = strides[2:]
+
+
+def shape_record(batch: int, channels: int, axes: tuple[int, ...]) -> numpy.ndarray[Any, Any]:
+    """Return a geometry that says the shape of an array, as the kernels of copies.cu want it."""
+    record = numpy.ones((), GEOMETRY_DTYPE)
+    record["ndim"], record["batch"], record["in_channels"] = len(axes), batch, channels
+    record["input"][: len(axes)] = axes
+    return record
+
+
+def positions_of(geometry: Geometry) -> int:
+    """Return the number of output positions of all images."""
+    count = geometry.batch
+    for extent in geometry.output:
+        count *= extent
+    return count

@@ -1,0 +1,172 @@
+"""A GPU for tests on machines without one: stands in for CuPy, and runs the kernels' text on the CPU.
+
+Only the little of CuPy that dcn_np uses is here. Memory is poisoned: what is read before it was written is
+NaN. `emulated_gpu()` puts it in place. Inside, the four functions of this module take NumPy's arrays to the
+emulated GPU, call dcn_np's and bring the results back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+
+import dcn_np
+
+KERNELS = Path(__file__).parent.parent / "dcn_np" / "kernels"
+
+
+class Device:
+    """The one device."""
+
+    compute_capability = "90"
+
+    def __init__(self, number=0):
+        self.id = number
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+
+class MemoryPointer:
+    def __init__(self, array):
+        self.array = array
+        self.ptr = array.ctypes.data
+
+    def memset_async(self, value, size):
+        assert size == self.array.nbytes
+        assert value == 0
+        self.array[...] = 0
+
+
+class ndarray:  # noqa: N801 - CuPy's name
+    """The attributes of CuPy's array that dcn_np uses, around one of NumPy's."""
+
+    def __init__(self, array):
+        self._array = array
+        for name in ("shape", "strides", "dtype", "size", "itemsize", "nbytes", "ndim", "flags"):
+            setattr(self, name, getattr(array, name))
+        self.data = MemoryPointer(array)
+        self.device = Device()
+
+    def get(self):
+        return self._array
+
+    def transpose(self, *axes):
+        return ndarray(self._array.transpose(*axes))
+
+    def reshape(self, *shape):
+        view = self._array.reshape(*shape)
+        assert np.may_share_memory(view, self._array) or not view.size, "CuPy would launch a kernel"
+        return ndarray(view)
+
+
+def on_gpu(array):
+    """The same array, on the emulated GPU; its memory order is kept."""
+    return None if array is None else ndarray(np.array(array, copy=True, order="K"))
+
+
+def _poisoned(array):
+    array[...] = np.nan
+    return ndarray(array)
+
+
+def empty(shape, dtype):
+    return _poisoned(np.empty(shape, dtype))
+
+
+def empty_like(array, shape=None):
+    return _poisoned(np.empty_like(array.get(), shape=shape))
+
+
+def may_share_memory(a, b):
+    return np.may_share_memory(a.get(), b.get())
+
+
+class RawModule:
+    def __init__(self, path):
+        self.library = _libraries[path]
+
+    def get_function(self, name):
+        return Function(self.library, name)
+
+
+class Function:
+    max_dynamic_shared_size_bytes = 48 * 1024
+
+    def __init__(self, library, name):
+        self.library, self.name = library, name
+
+    def __call__(self, grid, block, arguments, shared_mem):
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        (record,) = arguments
+        assert record.size == 1
+        self.library.launch(self.name, grid, block, shared_mem, record, order=order)
+
+
+# The order of threads and blocks in every launch: see emulated.py.
+order = 0
+_libraries: dict[str, object] = {}
+
+
+def compiled(module, architecture):
+    """Stand in for `modules.cubin_path`: compile for this CPU."""
+    import emulated
+
+    library = emulated.compiled(KERNELS / module.source, dict(module.defines))
+    _libraries[str(library.path)] = library
+    return library.path
+
+
+@contextlib.contextmanager
+def emulated_gpu():
+    """Put the emulation in the place of CuPy, and dcn_np.cuda on top of it."""
+    fake = types.ModuleType("cupy")
+    fake.cuda = types.ModuleType("cupy.cuda")
+    fake.cuda.Device = Device
+    fake.__dict__.update(
+        ndarray=ndarray,
+        empty=empty,
+        empty_like=empty_like,
+        may_share_memory=may_share_memory,
+        RawModule=RawModule,
+    )
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "cupy"}
+    sys.modules |= {"cupy": fake, "cupy.cuda": fake.cuda}
+    try:
+        importlib.import_module("dcn_np.cuda.device").cubin_path = compiled
+        yield fake
+    finally:
+        del sys.modules["dcn_np.cuda.device"]
+        del importlib.import_module("dcn_np.cuda").device
+        del sys.modules["cupy"], sys.modules["cupy.cuda"]
+        sys.modules |= hidden
+
+
+def _through_gpu(function):
+    @functools.wraps(function)
+    def call(*arguments, out=None, **keywords):
+        arguments = [on_gpu(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        keywords = {name: on_gpu(a) if isinstance(a, np.ndarray) else a for name, a in keywords.items()}
+        if out is not None:
+            keywords["out"] = ndarray(out)
+        result = function(*arguments, **keywords)
+        if isinstance(result, dcn_np.Gradients):
+            return dcn_np.Gradients(*(None if array is None else array.get() for array in result))
+        return result.get()
+
+    return call
+
+
+deform_conv = _through_gpu(dcn_np.deform_conv)
+deform_conv_backward = _through_gpu(dcn_np.deform_conv_backward)
+modulated_deform_conv = _through_gpu(dcn_np.modulated_deform_conv)
+modulated_deform_conv_backward = _through_gpu(dcn_np.modulated_deform_conv_backward)
