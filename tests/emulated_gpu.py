@@ -25,6 +25,7 @@ class Device:
     """The one device."""
 
     compute_capability = "90"
+    attributes = types.MappingProxyType({"MultiProcessorCount": 2})
 
     def __init__(self, number=0):
         self.id = number

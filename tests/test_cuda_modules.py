@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from calls import environment, python
 
-from dcn_np.cuda import modules, nvrtc
+from dcn_np.cuda import fused, modules, nvrtc
 
 try:
     nvrtc.nvrtc()
@@ -26,7 +26,7 @@ ARCHITECTURES = [int(name) for name in os.environ.get("DCN_NP_TEST_ARCHITECTURES
 MOST_SHARED = 48 * 1024
 REGISTERS = 65536
 
-MODULES = list(modules.every_module())
+MODULES = [*modules.every_plain_module(), *fused.every_module()]
 
 
 def name_of(module):
@@ -49,6 +49,10 @@ def threads_of(module):
     """Map each kernel of a source to the threads per block that it promises."""
     text = re.sub(r"\n\s*", " ", modules._texts()[module.source])
     constants = dict(re.findall(r"constexpr int (k\w+) = (\d+);", text))
+    size = {name: int(value) for name, value in module.defines if value.isdigit()}
+    if "DCN_BM" in size:
+        warps = size["DCN_BM"] // size["DCN_WM"] * (size["DCN_BN"] // size["DCN_WN"])
+        constants["kThreads"] = 32 * warps
     bounds = re.findall(r"__global__ void __launch_bounds__\((\w+)(?:, \d+)?\)\s+(\w+)\(", text)
     return {name: int(constants.get(threads, threads)) for threads, name in bounds}
 
@@ -185,7 +189,7 @@ def test_a_folder_that_cannot_be_trusted_is_replaced_by_a_private_one(cache, com
 
 COMPILE = """
 from dcn_np.cuda import modules
-print(modules.cubin_path(list(modules.every_module())[0], 80))
+print(modules.cubin_path(next(modules.every_plain_module()), 80))
 """
 
 

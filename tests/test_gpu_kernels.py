@@ -1,4 +1,4 @@
-"""The GPU's kernels and what launches them, emulated: against the reference, in any order of threads."""
+"""The plain GPU kernels and what launches them, emulated: against the reference, in any order of threads."""
 
 import re
 
@@ -22,6 +22,8 @@ ORDERS = (0, 1, 7)  # forward, backward, random
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
+    """A GPU that has no fused kernels: test_gpu_fused.py tests those."""
+    monkeypatch.setattr(emulated_gpu.Device, "compute_capability", "75")
     with emulated_gpu.emulated_gpu():
         yield
     monkeypatch.undo()

@@ -36,7 +36,9 @@ class CupyDevice:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.architecture = int(cupy.cuda.Device(number).compute_capability)
+        device = cupy.cuda.Device(number)
+        self.architecture = int(device.compute_capability)
+        self.multiprocessors = int(device.attributes["MultiProcessorCount"])
         self._functions: dict[tuple[Module, str], Any] = {}
         self._modules: dict[Module, Any] = {}
         self._lock = threading.Lock()

@@ -13,6 +13,7 @@ import numpy
 
 from ..backends import Gradients
 from ..geometry import Geometry
+from . import fused
 from .launching import MOST_BLOCKS, Device, arguments, positions_of, shape_record
 from .modules import Module, copies, plain
 
@@ -49,6 +50,20 @@ def deform_conv(
     if not math.prod(geometry.output_shape):
         return out
     work = _Work(device, geometry)
+    given = {
+        "offset": offset,
+        "mask": mask,
+        "bias": None if bias is None else work.contiguous(bias),
+        "output": out,
+    }
+    launches = fused.forward_launches(geometry, float32_matmul, device.architecture)
+    if launches:
+        launch = fused.chosen(geometry, launches, device.multiprocessors)
+        rows = fused.grid_rows(geometry, launch.tile)
+        work.launch_fused(
+            launch, "fused_forward", rows, x=work.chunked(x), weight=work.packed(weight, (2, 0, 1)), **given
+        )
+        return out
     tiled = geometry.out_channels // geometry.groups >= _LEAST_IN_TILE
     blocks = -(-geometry.out_channels // _WARP)
     if tiled:
@@ -58,11 +73,8 @@ def deform_conv(
         blocks,
         _TILE if tiled else _THREADS // _WARP,
         x=work.channels_last(x),
-        offset=offset,
-        mask=mask,
         weight=work.packed(weight, (2, 1, 0)),
-        bias=None if bias is None else work.contiguous(bias),
-        output=out,
+        **given,
     )
     return out
 
@@ -234,6 +246,14 @@ class _Work:
             if then is not None:
                 then(first, count, columns)
 
+    def launch_fused(self, launch: fused.Launch, kernel: str, rows: int, **fields: Any) -> None:
+        """Launch a fused kernel over all positions, a part of them at a time where a grid has no room."""
+        tile = launch.tile
+        for first, count in _pieces(positions_of(self.geometry), MOST_BLOCKS * tile.positions):
+            record = arguments(self.device, self.geometry.struct, first=first, count=count, **fields)
+            blocks = (-(-count // tile.positions), rows, 1)
+            self.device.launch(launch.module, kernel, blocks, tile.threads, launch.shared, record)
+
     def copy(self, kernel: str, source: Any, destination: Any) -> Any:
         """Copy between memory orders; return the destination."""
         batch, channels, *axes = source.shape
@@ -246,6 +266,17 @@ class _Work:
     def channels_last(self, array: Any) -> Any:
         """Return an array whose channels lie side by side: itself, or a copy."""
         if array.shape[1] == 1 or array.strides[1] == array.dtype.itemsize:
+            return array
+        return self.copy("copy", array, _channels_last(self.device, array.shape, array.dtype))
+
+    def chunked(self, array: Any) -> Any:
+        """Return images without gaps, channels-last, on a border of 16 bytes: itself, or a copy."""
+        channels, height, width = array.shape[1:]
+        pixel = channels * array.dtype.itemsize
+        wanted = (height * width * pixel, array.dtype.itemsize, width * pixel, pixel)
+        extents = zip(array.shape, array.strides, wanted, strict=True)
+        dense = all(stride == right for extent, stride, right in extents if extent > 1)
+        if dense and self.device.pointer(array) % 16 == 0:
             return array
         return self.copy("copy", array, _channels_last(self.device, array.shape, array.dtype))
 

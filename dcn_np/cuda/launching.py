@@ -48,6 +48,10 @@ class Device(Protocol):
     def architecture(self) -> int:
         """The compute capability as one number, such as 90."""
 
+    @property
+    def multiprocessors(self) -> int:
+        """How many blocks run side by side, at least."""
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return a new array in C order."""
 

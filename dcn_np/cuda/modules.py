@@ -58,8 +58,8 @@ def copies(dtype: Any) -> Module:
     return Module("copies.cu", (("DCN_T", TYPES[str(dtype)]),))
 
 
-def every_module() -> Iterator[Module]:
-    """Yield all that a call can ask for."""
+def every_plain_module() -> Iterator[Module]:
+    """Yield all that a call can ask for, without the fused kernels."""
     for dtype in TYPES:
         yield copies(dtype)
         for position_dtype in (dtype, "float32") if dtype in HALVES else (dtype,):

@@ -34,12 +34,15 @@ DCN_INLINE unsigned char* dynamic_shared() {
 
 // ---- number formats; conversions round to nearest even
 
+DCN_INLINE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+DCN_INLINE uint32_t bits_of_float(float value) { return __float_as_uint(value); }
+
 DCN_INLINE float float_of_f16(uint16_t bits) {
   float value;
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
 }
-DCN_INLINE float float_of_bf16(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
+DCN_INLINE float float_of_bf16(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
 DCN_INLINE uint16_t f16_of(float value) {
   uint16_t bits;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
@@ -51,7 +54,7 @@ DCN_INLINE uint16_t bf16_of(float value) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
   return bits;
 #else
-  const uint32_t bits = __float_as_uint(value);
+  const uint32_t bits = bits_of_float(value);
   if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 #endif

@@ -244,6 +244,15 @@ inline int launch(Index grid, Index threads, size_t shared_bytes, unsigned order
   return 0;
 }
 
+}  // namespace dcn::emulation
+
+#define threadIdx (::dcn::emulation::current->index)
+#define blockIdx (::dcn::emulation::block.index)
+#define blockDim (::dcn::emulation::block.threads)
+#define gridDim (::dcn::emulation::block.grid)
+
+namespace dcn {
+
 inline float float_of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -254,15 +263,6 @@ inline uint32_t bits_of_float(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-
-}  // namespace dcn::emulation
-
-#define threadIdx (::dcn::emulation::current->index)
-#define blockIdx (::dcn::emulation::block.index)
-#define blockDim (::dcn::emulation::block.threads)
-#define gridDim (::dcn::emulation::block.grid)
-
-namespace dcn {
 
 inline void barrier() {
   emulation::wait_at(emulation::block.arrived, emulation::block.generation, emulation::block.alive);
@@ -290,9 +290,7 @@ inline float float_of_f16(uint16_t bits) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-inline float float_of_bf16(uint16_t bits) {
-  return emulation::float_of_bits(static_cast<uint32_t>(bits) << 16);
-}
+inline float float_of_bf16(uint16_t bits) { return float_of_bits(static_cast<uint32_t>(bits) << 16); }
 inline uint16_t f16_of(float value) {
   const _Float16 half = static_cast<_Float16>(value);
   uint16_t bits;
@@ -300,7 +298,7 @@ inline uint16_t f16_of(float value) {
   return bits;
 }
 inline uint16_t bf16_of(float value) {
-  const uint32_t bits = emulation::bits_of_float(value);
+  const uint32_t bits = bits_of_float(value);
   if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
@@ -312,7 +310,7 @@ inline uint32_t bf16x2_of(float low, float high) {
 }
 // To nearest, ties away from zero: 10 bits of the fraction are left.
 inline uint32_t tf32_of(float value) {
-  const uint32_t bits = emulation::bits_of_float(value);
+  const uint32_t bits = bits_of_float(value);
   if ((bits & 0x7f800000) == 0x7f800000) return bits & 0x7fffff ? 0x7fffffff : bits;
   return (bits + 0x1000) & ~uint32_t(0x1fff);
 }
@@ -401,9 +399,8 @@ inline void multiply_add_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0
 }
 // The hardware reads the upper 19 bits only.
 inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  emulation::multiply_add<8>(d, a, {b0, b1}, [](uint32_t bits, unsigned) {
-    return emulation::float_of_bits(bits & ~uint32_t(0x1fff));
-  });
+  emulation::multiply_add<8>(d, a, {b0, b1},
+                             [](uint32_t bits, unsigned) { return float_of_bits(bits & ~uint32_t(0x1fff)); });
 }
 
 }  // namespace dcn
