@@ -25,7 +25,9 @@ class Device:
     """The one device."""
 
     compute_capability = "90"
-    attributes = types.MappingProxyType({"MultiProcessorCount": 2})
+    attributes = types.MappingProxyType(
+        {"MultiProcessorCount": 2, "MaxSharedMemoryPerBlockOptin": 227 * 1024}
+    )
 
     def __init__(self, number=0):
         self.id = number

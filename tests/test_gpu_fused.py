@@ -1,6 +1,7 @@
 """The fused kernels, emulated: against the reference, with every tile, in any order of threads."""
 
 import dataclasses
+import types
 
 import emulated_gpu
 import ml_dtypes
@@ -41,7 +42,7 @@ SMALL = {"in_channels": 256, "extent": (4, 5)}
 CASES = {
     "3x3": {},
     "1x1": {"kernel": (1, 1), "padding": ((0, 0), (0, 0))},
-    "1x3, one image fills tiles": {"kernel": (1, 3), "batch": 1, "extent": (16, 18)},
+    "one image": {"kernel": (1, 3), "batch": 1, "extent": (16, 18)},
     "many images in a tile": {"kernel": (5, 5), "batch": 9, "extent": (4, 3), "padding": ((2, 2), (2, 2))},
     "strides and dilations": {"stride": (2, 3), "dilation": (3, 2), "padding": ((3, 1), (2, 4))},
     "groups": {"in_channels": 128, "out_channels": 96, "groups": 2, "extent": (5, 7)},
@@ -57,8 +58,7 @@ CASES = {
 
 
 def problem_of(name="3x3", seed=0, dtype=FLOAT16, **values):
-    sizes = {**SIZES, **CASES[name]}
-    problem = random_problem(seed, 2, np.float32, **sizes, **values)
+    problem = random_problem(seed, 2, np.float32, **{**SIZES, **CASES[name], **values})
     with np.errstate(over="ignore"):  # huge offsets become infinite
         return dataclasses.replace(problem.astype(dtype), note=f"{name}, seed={seed}")
 
@@ -79,15 +79,35 @@ def launched(monkeypatch):
     monkeypatch.undo()
 
 
-def check(problem, launched, *, units=None, **keywords):
+KERNELS = {"fused_forward", "fused_positions", "fused_weights"}
+
+
+def check(problem, launched, *, units=None, deterministic=False, **keywords):
     launched.clear()
-    y = problem.forward(emulated_gpu, **keywords)
-    assert "fused_forward" in launched
-    assert y.dtype == problem.dtype
+    results = {"y": problem.forward(emulated_gpu, **keywords)}
+    gradients = problem.backward(emulated_gpu, deterministic=deterministic, **keywords)
+    assert set(launched) >= KERNELS
+    assert ("add_in_order" in launched) == deterministic
+    results |= {name: array for name, array in gradients._asdict().items() if array is not None}
+    wanted = {"y": problem.expected_forward(), **problem.expected_backward()._asdict()}
     scales = problem.scales()
-    assert_close(
-        y, problem.expected_forward(), problem.dtype, scales["y"], units=units, what=f"y of {problem}"
-    )
+    assert set(results) == {name for name, array in wanted.items() if array is not None}
+    for name, got in results.items():
+        like = {"offset": problem.offset, "mask": problem.mask}.get(name, problem.x)
+        assert got.dtype == like.dtype
+        what = f"{name} of {problem}"
+        assert_close(got, wanted[name], got.dtype, scales[name], units=units, what=what)
+
+
+def all_results(problem, **keywords):
+    """y and every gradient that always has the same bits."""
+    return problem.forward(emulated_gpu), *problem.backward(emulated_gpu, deterministic=True, **keywords)
+
+
+def assert_same_bits(some, others):
+    for one, other in zip(some, others, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32], ids=str)
@@ -95,7 +115,7 @@ def check(problem, launched, *, units=None, **keywords):
 def test_against_the_reference(monkeypatch, launched, name, dtype):
     number = list(CASES).index(name)
     monkeypatch.setattr(emulated_gpu, "order", ORDERS[number % 3])
-    check(problem_of(name, number, dtype), launched)
+    check(problem_of(name, number, dtype), launched, deterministic=number % 2 == 0)
 
 
 @pytest.mark.parametrize("name", ["3x3", "offset groups"])
@@ -156,8 +176,9 @@ def choices(monkeypatch, function):
 @pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
 def test_no_tile_changes_a_bit(monkeypatch, name, dtype):
     problem = problem_of(name, 4, dtype)
-    first, *others = choices(monkeypatch, lambda: problem.forward(emulated_gpu))
-    assert all(np.array_equal(first, other) for other in others)
+    first, *others = choices(monkeypatch, lambda: all_results(problem))
+    for other in others:
+        assert_same_bits(first, other)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, FLOAT32], ids=str)
@@ -165,55 +186,107 @@ def test_the_order_of_threads_changes_no_bit(monkeypatch, dtype):
     problem, results = problem_of("offset groups", 5, dtype), []
     for order in ORDERS:
         monkeypatch.setattr(emulated_gpu, "order", order)
-        results.append(problem.forward(emulated_gpu))
-    assert all(np.array_equal(results[0], other) for other in results[1:])
+        results.append(all_results(problem))
+    for other in results[1:]:
+        assert_same_bits(results[0], other)
 
 
 def test_a_grid_without_room_is_launched_in_pieces(monkeypatch, launched):
-    problem = problem_of("many images in a tile", 6)
-    y = problem.forward(emulated_gpu)
+    problem = problem_of("3x3", 6)
+    results = all_results(problem)
     monkeypatch.setattr(engine, "MOST_BLOCKS", 1)
     launched.clear()
-    assert np.array_equal(problem.forward(emulated_gpu), y)
+    assert_same_bits(all_results(problem), results)
     assert launched.count("fused_forward") > 1
+    assert launched.count("fused_positions") > 1
 
 
-def test_images_of_a_batch_do_not_meet(monkeypatch):
+def test_sums_over_many_positions_are_cut_into_parts(monkeypatch, launched):
+    monkeypatch.setattr(engine, "_POSITIONS_PER_PART", 60)
+    for dtype in (FLOAT16, FLOAT32):
+        check(problem_of("one image", 6, dtype, extent=(25, 28)), launched)
+
+
+def test_images_of_a_batch_do_not_meet():
     problem = problem_of("many images in a tile", 7)
-    whole = problem.forward(emulated_gpu)
+    whole, gradients = problem.forward(emulated_gpu), problem.backward(emulated_gpu, deterministic=True)
     for image in range(problem.x.shape[0]):
         alone = problem.map_arrays(
             lambda a, image=image: a[image : image + 1].copy() if a.shape[0] == problem.x.shape[0] else a
         )
         assert np.array_equal(alone.forward(emulated_gpu)[0], whole[image])
+        mine = alone.backward(emulated_gpu, deterministic=True)
+        for name in ("x", "offset", "mask"):
+            assert np.array_equal(getattr(mine, name)[0], getattr(gradients, name)[image])
+
+
+def test_what_is_not_needed_is_none(launched):
+    problem = problem_of("offset groups", 8)
+    whole = problem.backward(emulated_gpu, deterministic=True)
+    for name in whole._fields:
+        launched.clear()
+        alone = problem.backward(emulated_gpu, needs=(name,), deterministic=True)
+        assert [field for field in alone._fields if getattr(alone, field) is not None] == [name]
+        assert np.array_equal(getattr(alone, name), getattr(whole, name))
+        wanted = {"weight": {"fused_weights"}, "bias": set()}.get(name, {"fused_positions"})
+        assert KERNELS & set(launched) == wanted
 
 
 # ---- memory orders
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", sorted(set(LAYOUTS) - {"misaligned"}))
 def test_any_memory_order(layout):
     problem = problem_of("3x3", 8)
-    if layout == "misaligned":
-        layout = "every_second"
-    y = problem.map_arrays(LAYOUTS[layout]).forward(emulated_gpu)
-    assert np.array_equal(y, problem.forward(emulated_gpu))
+    assert_same_bits(all_results(problem.map_arrays(LAYOUTS[layout])), all_results(problem))
+
+
+def test_images_off_a_border_of_16_bytes_are_copied(launched):
+    problem = problem_of("3x3", 8)
+
+    def shifted(array):
+        flat = np.zeros(array.size + 1, array.dtype)
+        last = flat[1:].reshape(array.shape[0], *array.shape[2:], array.shape[1])
+        last[...] = np.moveaxis(array, 1, -1)
+        return np.moveaxis(last, -1, 1)
+
+    on_gpu = emulated_gpu.on_gpu
+    try:
+        emulated_gpu.on_gpu = lambda a: None if a is None else emulated_gpu.ndarray(a)
+        moved = problem.replace(x=shifted(problem.x), grad_output=shifted(problem.grad_output))
+        assert moved.x.ctypes.data % 16
+        results = all_results(moved)
+    finally:
+        emulated_gpu.on_gpu = on_gpu
+    assert_same_bits(results, all_results(problem))
 
 
 def test_channels_last_images_are_read_in_place(launched):
-    problem = problem_of("3x3", 9)
-    problem.map_arrays(LAYOUTS["channels_last"]).forward(emulated_gpu)
-    assert launched == ["copy", "fused_forward"]  # the copy packs the weights
-    launched.clear()
-    problem.forward(emulated_gpu)
-    assert launched == ["copy", "copy", "fused_forward"]
+    problem = problem_of("3x3", 9, FLOAT32)
+    last = problem.map_arrays(LAYOUTS["channels_last"])
+    # Of the copies one packs the weights.
+    for given, copies in ((last, 1), (problem, 2)):
+        launched.clear()
+        given.forward(emulated_gpu)
+        assert launched == ["copy"] * copies + ["fused_forward"]
+    for given, copies in ((last, 1), (problem, 3)):
+        launched.clear()
+        given.backward(emulated_gpu, needs=("x", "offset", "mask"))
+        assert launched[: copies + 1] == ["copy"] * copies + ["fused_positions"]
+        assert launched[copies + 1 :] == ([] if given is last else ["copy_sums"])
 
 
 # ---- where the fused kernels apply
 
 
-def launches_of(channels=(64, 64), dtype=FLOAT16, rank=2, kernel=3, extent=8, batch=1, architecture=90):
-    """What is there to choose from for a problem of which only the shapes exist."""
+A100 = types.SimpleNamespace(architecture=80, most_shared=163 * 1024, multiprocessors=108)
+H100 = types.SimpleNamespace(architecture=90, most_shared=227 * 1024, multiprocessors=132)
+SMALL_GPU = types.SimpleNamespace(architecture=86, most_shared=99 * 1024, multiprocessors=28)
+OLD_GPU = types.SimpleNamespace(architecture=75, most_shared=64 * 1024, multiprocessors=40)
+
+
+def geometry_of(channels=(64, 64), dtype=FLOAT16, rank=2, kernel=3, extent=8, batch=1):
+    """A problem of which only the shapes exist."""
     inputs, outputs = channels
     output = (extent - kernel + 1,) * rank
     shapes = {
@@ -223,45 +296,60 @@ def launches_of(channels=(64, 64), dtype=FLOAT16, rank=2, kernel=3, extent=8, ba
         "weight": (outputs, inputs, *(kernel,) * rank),
     }
     arrays = [np.broadcast_to(np.zeros((), dtype), shape) for shape in shapes.values()]
-    geometry = Geometry.of(cuda.DTYPES, *arrays, None, 1, 0, 1, 1, 1)
-    return fused.forward_launches(geometry, "strict", architecture)
+    return Geometry.of(cuda.DTYPES, *arrays, None, 1, 0, 1, 1, 1)
 
 
+def launches_of(geometry, device=H100):
+    """What there is to choose from: of y, of the gradients of positions, of that of the weights."""
+    return (
+        fused.forward_launches(geometry, "strict", device),
+        fused.positions_launches(geometry, "strict", device),
+        fused.weights_launches(geometry, "strict", device, 1),
+    )
+
+
+# Which of the three kernels apply: all but where one is named.
 OTHERS = {
-    "channels that leave a step incomplete": {"channels": (48, 64)},
-    "few outputs": {"channels": (64, 16)},
-    "no channels": {"channels": (0, 64)},
-    "float64": {"dtype": np.dtype(np.float64)},
-    "one axis": {"rank": 1},
-    "three axes": {"rank": 3},
-    "an old GPU": {"architecture": 75},
-    "more taps than shared memory holds": {"kernel": 13, "extent": 20},
-    "an image out of reach": {"extent": 70_000, "channels": (256, 64)},
+    "channels that leave a step incomplete": ({"channels": (48, 64)}, (False, False, False)),
+    "few outputs": ({"channels": (64, 16)}, (False, True, False)),
+    "outputs that leave a chunk incomplete": ({"channels": (64, 33)}, (True, False, False)),
+    "no channels": ({"channels": (0, 64)}, (False, False, False)),
+    "float64": ({"dtype": np.dtype(np.float64)}, (False, False, False)),
+    "one axis": ({"rank": 1}, (False, False, False)),
+    "three axes": ({"rank": 3}, (False, False, False)),
+    "more taps than shared memory holds": ({"kernel": 13, "extent": 20}, (False, True, True)),
+    "an image out of reach": ({"extent": 70_000, "channels": (256, 64)}, (False, False, False)),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_the_fused_kernels_leave_to_the_plain_ones(name):
-    assert launches_of(**OTHERS[name]) == []
+    sizes, applies = OTHERS[name]
+    assert tuple(map(bool, launches_of(geometry_of(**sizes)))) == applies
 
 
-@pytest.mark.parametrize("architecture", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("device", [A100, H100, SMALL_GPU], ids=lambda device: str(device.architecture))
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32], ids=str)
-def test_every_gpu_since_ampere_has_a_fused_kernel(dtype, architecture):
-    launches = launches_of(dtype=dtype, architecture=architecture)
-    limit = {80: 163, 90: 227, 100: 227}.get(architecture, 99) * 1024
-    assert launches
-    assert all(launch.shared <= limit for launch in launches)
-    assert launches_of(dtype=dtype, architecture=architecture, kernel=5)
+def test_every_gpu_since_ampere_has_fused_kernels(dtype, device):
+    for kernel in (1, 3, 5):
+        for launches in launches_of(geometry_of(dtype=dtype, kernel=kernel), device):
+            assert launches
+            assert all(launch.shared <= device.most_shared for launch in launches)
+
+
+def test_an_older_gpu_has_none():
+    assert not any(launches_of(geometry_of(), OLD_GPU))
 
 
 def test_few_positions_get_small_tiles():
-    def chosen(extent, batch):
-        arrays = [np.broadcast_to(FLOAT16.type(0), (batch, 256, extent, extent)), None, None]
-        weight = np.broadcast_to(FLOAT16.type(0), (256, 256, 3, 3))
-        geometry = Geometry.of(cuda.DTYPES, *arrays, weight, None, 1, 1, 1, 1, 1)
-        launches = fused.forward_launches(geometry, "strict", 90)
-        tile = fused.chosen(geometry, launches, 132).tile
-        return tile.positions * tile.outputs
+    def work(**sizes):
+        geometry = geometry_of(channels=(256, 256), **sizes)
+        chosen = [fused.chosen(geometry, launches, H100) for launches in launches_of(geometry)]
+        return [
+            int(define["DCN_BM"]) * int(define["DCN_BN"])
+            for define in (dict(c.module.defines) for c in chosen)
+        ]
 
-    assert chosen(16, 2) < chosen(56, 32)
+    few, many = work(extent=16, batch=2), work(extent=56, batch=32)
+    assert few[0] < many[0]
+    assert few[1] < many[1]

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "backends": {"arrays", "cpu", "cuda"},
     "cpu": {"backends", "cpu._native", "geometry", "threads"},
     "cuda": {"backends", "cuda.device", "cuda.engine", "geometry"},
-    "cuda.device": {"cuda.modules"},
+    "cuda.device": {"cuda.launching", "cuda.modules"},
     "cuda.engine": {"backends", "cuda.fused", "cuda.launching", "cuda.modules", "geometry"},
     "cuda.fused": {"cuda.launching", "cuda.modules", "geometry"},
     "cuda.launching": {"geometry"},

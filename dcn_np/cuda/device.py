@@ -13,10 +13,8 @@ from typing import Any
 
 import cupy
 
+from .launching import Launch
 from .modules import Module, cubin_path
-
-# More shared memory than this per block has to be asked for.
-_SHARED_WITHOUT_ASKING = 48 * 1024
 
 
 def may_share_memory(a: Any, b: Any) -> bool:
@@ -39,6 +37,7 @@ class CupyDevice:
         device = cupy.cuda.Device(number)
         self.architecture = int(device.compute_capability)
         self.multiprocessors = int(device.attributes["MultiProcessorCount"])
+        self.most_shared = int(device.attributes["MaxSharedMemoryPerBlockOptin"])
         self._functions: dict[tuple[Module, str], Any] = {}
         self._modules: dict[Module, Any] = {}
         self._lock = threading.Lock()
@@ -60,29 +59,24 @@ class CupyDevice:
         """Return the address of the first element."""
         return int(array.data.ptr)
 
-    def launch(
-        self,
-        module: Module,
-        kernel: str,
-        blocks: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        record: Any,
-    ) -> None:
+    def launch(self, launch: Launch, blocks: int, record: Any) -> None:
         """Queue a kernel on the current stream."""
-        self._function(module, kernel, shared)(blocks, (threads, 1, 1), (record,), shared_mem=shared)
+        function = self._function(launch)
+        function((blocks, 1, 1), (launch.threads, 1, 1), (record,), shared_mem=launch.shared)
 
-    def _function(self, module: Module, kernel: str, shared: int) -> Any:
-        function = self._functions.get((module, kernel))
+    def _function(self, launch: Launch) -> Any:
+        module, key = launch.module, (launch.module, launch.kernel)
+        function = self._functions.get(key)
         if function is None:
             with self._lock:
                 if module not in self._modules:
                     path = cubin_path(module, self.architecture)
                     self._modules[module] = cupy.RawModule(path=str(path))
-                function = self._modules[module].get_function(kernel)
-                if shared > _SHARED_WITHOUT_ASKING:
-                    function.max_dynamic_shared_size_bytes = shared
-                self._functions[module, kernel] = function
+                function = self._modules[module].get_function(launch.kernel)
+                # How much it is depends on the call; what may be asked for does not.
+                if launch.shared:
+                    function.max_dynamic_shared_size_bytes = self.most_shared
+                self._functions[key] = function
         return function
 
 

@@ -14,7 +14,7 @@ import numpy
 from ..backends import Gradients
 from ..geometry import Geometry
 from . import fused
-from .launching import MOST_BLOCKS, Device, arguments, positions_of, shape_record
+from .launching import MOST_BLOCKS, Device, Launch, arguments, positions_of, shape_record
 from .modules import Module, copies, plain
 
 # Tile sizes of the plain kernels and of copies.cu.
@@ -26,8 +26,9 @@ _LEAST_WEIGHTS_IN_TILE = 256
 
 # A sum over positions is cut into parts of about this many positions, at most so many parts: a function of
 # the geometry alone, so that the bits do not depend on the device.
-_POSITIONS_PER_PART = 2048
+_POSITIONS_PER_PART = 1024
 _MOST_PARTS = 64
+_MOST_WORK_ITEMS = 4096
 
 # With deterministic=True the gradients of the columns are kept, for as many positions as fit in this.
 _COLUMNS_BYTES = 2**28
@@ -56,26 +57,17 @@ def deform_conv(
         "bias": None if bias is None else work.contiguous(bias),
         "output": out,
     }
-    launches = fused.forward_launches(geometry, float32_matmul, device.architecture)
+    launches = fused.forward_launches(geometry, float32_matmul, device)
     if launches:
-        launch = fused.chosen(geometry, launches, device.multiprocessors)
-        rows = fused.grid_rows(geometry, launch.tile)
-        work.launch_fused(
-            launch, "fused_forward", rows, x=work.chunked(x), weight=work.packed(weight, (2, 0, 1)), **given
-        )
+        chunked, packed = work.chunked(x), work.packed(weight, (2, 0, 1))
+        work.over_positions(fused.chosen(geometry, launches, device), x=chunked, weight=packed, **given)
         return out
-    tiled = geometry.out_channels // geometry.groups >= _LEAST_IN_TILE
-    blocks = -(-geometry.out_channels // _WARP)
-    if tiled:
-        blocks = geometry.groups * -(-geometry.out_channels // geometry.groups // _TILE)
-    work.launch_positions(
-        "tiled_forward" if tiled else "direct_forward",
-        blocks,
-        _TILE if tiled else _THREADS // _WARP,
-        x=work.channels_last(x),
-        weight=work.packed(weight, (2, 1, 0)),
-        **given,
-    )
+    launch = work.plain_launch("direct_forward", -(-geometry.out_channels // _WARP), _THREADS // _WARP)
+    outputs = geometry.out_channels // geometry.groups
+    if outputs >= _LEAST_IN_TILE:
+        launch = work.plain_launch("tiled_forward", geometry.groups * -(-outputs // _TILE), _TILE)
+    channels_last, packed = work.channels_last(x), work.packed(weight, (2, 1, 0))
+    work.over_positions(launch, x=channels_last, weight=packed, **given)
     return out
 
 
@@ -106,44 +98,51 @@ def deform_conv_backward(
 
     if not needs:
         return gradients
-    grads = work.channels_last(grad_output)
-    read = {"offset": offset, "mask": mask, "output": grads}
-    if needs != {"bias"}:
-        read["x"] = work.channels_last(x)
+    positions = weights = []
+    parts = work.parts_of_weights()
     if needs & {"x", "offset", "mask"}:
-        _walk_positions(work, read, weight, gradients, deterministic)
+        positions = fused.positions_launches(geometry, float32_matmul, device)
+    if "weight" in needs:
+        weights = fused.weights_launches(geometry, float32_matmul, device, parts)
+    read = work.chunked if positions or weights else work.channels_last
+    given = {"offset": offset, "mask": mask, "output": read(grad_output)}
+    if needs != {"bias"}:
+        given["x"] = read(x)
+    if needs & {"x", "offset", "mask"}:
+        _walk_positions(work, positions, given, weight, gradients, deterministic)
     if gradients.weight is not None and gradients.weight.size:
-        _sum_weights(work, read, gradients.weight)
+        _sum_weights(work, weights, parts, given, gradients.weight)
     if gradients.bias is not None:
-        _sum_positions(work, grads, gradients.bias)
+        _sum_positions(work, given["output"], gradients.bias)
     return gradients
 
 
 def _walk_positions(
-    work: _Work, inputs: dict[str, Any], weight: Any, gradients: Gradients, deterministic: bool
+    work: _Work,
+    launches: list[Launch],
+    given: dict[str, Any],
+    weight: Any,
+    gradients: Gradients,
+    deterministic: bool,
 ) -> None:
     geometry = work.geometry
     sums = None if gradients.x is None else work.sums_like(gradients.x)
-    shared = (
-        geometry.out_channels // geometry.groups,
-        geometry.in_channels // max(geometry.groups, geometry.offset_groups),
-    )
-    fields = {
-        **inputs,
-        "weight": work.packed(weight, (2, 0, 1)),
-        "grad_x": sums,
-        "grad_offset": gradients.offset,
-        "grad_mask": gradients.mask,
-    }
-    ordered = deterministic and sums is not None
-    work.launch_positions(
-        "tiled_positions" if min(shared) >= _LEAST_IN_TILE else "direct_positions",
-        geometry.taps * geometry.offset_groups,
-        _TILE,
-        _add_in_order(work, fields) if ordered else None,
-        most=_positions_kept(work) if ordered else None,
-        **fields,
-    )
+    fields = {**given, "grad_x": sums, "grad_offset": gradients.offset, "grad_mask": gradients.mask}
+    if launches:
+        launch = fused.chosen(geometry, launches, work.device)
+        fields["weight"] = work.packed(weight, (2, 1, 0))
+    else:
+        shared = (
+            geometry.out_channels // geometry.groups,
+            geometry.in_channels // max(geometry.groups, geometry.offset_groups),
+        )
+        kernel = "tiled_positions" if min(shared) >= _LEAST_IN_TILE else "direct_positions"
+        launch = work.plain_launch(kernel, geometry.taps * geometry.offset_groups, _TILE)
+        fields["weight"] = work.packed(weight, (2, 0, 1))
+    if deterministic and sums is not None:
+        work.over_positions(launch, _add_in_order(work, fields), _positions_kept(work), **fields)
+    else:
+        work.over_positions(launch, **fields)
     if sums is not None and sums is not gradients.x:
         work.copy("copy_sums", sums, gradients.x)
 
@@ -171,24 +170,18 @@ def _add_in_order(work: _Work, fields: dict[str, Any]) -> Callable[[int, int, An
     return add
 
 
-def _sum_weights(work: _Work, inputs: dict[str, Any], result: Any) -> None:
+def _sum_weights(work: _Work, launches: list[Launch], parts: int, given: dict[str, Any], result: Any) -> None:
     geometry = work.geometry
     outputs, channels = geometry.out_channels // geometry.groups, geometry.in_channels // geometry.groups
-    parts = work.parts(positions_of(geometry))
+    if launches:
+        launch = fused.chosen(geometry, launches, work.device)
+    else:
+        kernel, blocks = "direct_weights", -(-geometry.out_channels * channels // _THREADS)
+        if outputs * channels >= _LEAST_WEIGHTS_IN_TILE:
+            kernel, blocks = "tiled_weights", -(-channels // _TILE) * -(-outputs // _TILE) * geometry.groups
+        launch = work.plain_launch(kernel, blocks * geometry.taps * parts, positions_of(geometry))
     sums = work.device.empty((parts, geometry.taps, geometry.out_channels, channels), work.sum_dtype)
-    tiled = outputs * channels >= _LEAST_WEIGHTS_IN_TILE
-    blocks = -(-geometry.out_channels * channels // _THREADS)
-    if tiled:
-        blocks = -(-channels // _TILE) * -(-outputs // _TILE) * geometry.groups
-    work.launch(
-        work.plain,
-        "tiled_weights" if tiled else "direct_weights",
-        blocks * geometry.taps * parts,
-        count=positions_of(geometry),
-        parts=parts,
-        between=sums,
-        **inputs,
-    )
+    work.over_positions(launch, parts=parts, between=sums, **given)
     work.add_parts(sums, result)
 
 
@@ -196,7 +189,7 @@ def _sum_positions(work: _Work, grads: Any, result: Any) -> None:
     """Add `grads` over images and positions."""
     if not result.size:
         return
-    parts = work.parts(positions_of(work.geometry))
+    parts = work.parts()
     sums = work.device.empty((parts, 1, grads.shape[1], 1), work.sum_dtype)
     record = shape_record(grads.shape[0], grads.shape[1], grads.shape[2:])
     blocks = parts * -(-grads.shape[1] // _COPY_TILE)
@@ -214,45 +207,37 @@ class _Work:
         self.plain = plain(geometry.dtype, geometry.position_dtype, geometry.ndim)
         self.copies = copies(geometry.dtype)
 
-    def launch(self, module: Module, kernel: str, blocks: int, record: Any = None, **fields: Any) -> None:
-        """Launch a kernel of 256 threads per block; `record` in place of this call's geometry."""
-        given = arguments(self.device, self.geometry.struct if record is None else record, **fields)
-        self.device.launch(module, kernel, (blocks, 1, 1), _THREADS, 0, given)
+    def plain_launch(self, kernel: str, blocks: int, positions: int) -> Launch:
+        """Return the launch of a plain kernel."""
+        return Launch(self.plain, kernel, blocks, positions)
 
-    def launch_positions(
+    def launch(self, module: Module, kernel: str, blocks: int, record: Any = None, **fields: Any) -> None:
+        """Launch a kernel that is not for tiles of positions; `record` in place of this call's geometry."""
+        given = arguments(self.device, self.geometry.struct if record is None else record, **fields)
+        self.device.launch(Launch(module, kernel, blocks, 1), blocks, given)
+
+    def over_positions(
         self,
-        kernel: str,
-        blocks_per_tile: int,
-        tile: int,
+        launch: Launch,
         then: Callable[[int, int, Any], Any] | None = None,
         most: int | None = None,
         **fields: Any,
     ) -> None:
-        """Launch a plain kernel over all positions, a part of them at a time where a grid has no room.
+        """Launch a kernel over all positions, a part of them at a time where a grid has no room.
 
         With `then`, the kernel also leaves the gradients of the columns of at most `most` positions between
         it and a call of `then`.
         """
-        total = positions_of(self.geometry)
-        at_once = max(1, MOST_BLOCKS // blocks_per_tile) * tile
-        columns = None
+        at_once = max(1, MOST_BLOCKS // launch.blocks) * launch.positions
         if then is not None and most is not None:
             at_once = min(at_once, most)
             shape = (at_once, self.geometry.taps, self.geometry.in_channels)
-            columns = self.device.empty(shape, self.sum_dtype)
-        for first, count in _pieces(total, at_once):
-            blocks = -(-count // tile) * blocks_per_tile
-            self.launch(self.plain, kernel, blocks, first=first, count=count, between=columns, **fields)
-            if then is not None:
-                then(first, count, columns)
-
-    def launch_fused(self, launch: fused.Launch, kernel: str, rows: int, **fields: Any) -> None:
-        """Launch a fused kernel over all positions, a part of them at a time where a grid has no room."""
-        tile = launch.tile
-        for first, count in _pieces(positions_of(self.geometry), MOST_BLOCKS * tile.positions):
+            fields["between"] = self.device.empty(shape, self.sum_dtype)
+        for first, count in _pieces(positions_of(self.geometry), at_once):
             record = arguments(self.device, self.geometry.struct, first=first, count=count, **fields)
-            blocks = (-(-count // tile.positions), rows, 1)
-            self.device.launch(launch.module, kernel, blocks, tile.threads, launch.shared, record)
+            self.device.launch(launch, -(-count // launch.positions) * launch.blocks, record)
+            if then is not None:
+                then(first, count, fields["between"])
 
     def copy(self, kernel: str, source: Any, destination: Any) -> Any:
         """Copy between memory orders; return the destination."""
@@ -304,9 +289,16 @@ class _Work:
         self.device.fill_with_zeros(sums)
         return sums
 
-    def parts(self, positions: int) -> int:
+    def parts(self, most: int = _MOST_PARTS) -> int:
         """Return into how many parts a sum over positions is cut."""
-        return max(1, min(_MOST_PARTS, positions // _POSITIONS_PER_PART))
+        return max(1, min(most, positions_of(self.geometry) // _POSITIONS_PER_PART))
+
+    def parts_of_weights(self) -> int:
+        """Return the same for the weights' gradient: the more numbers it has, the fewer parts fill a GPU."""
+        geometry = self.geometry
+        outputs, channels = geometry.out_channels // geometry.groups, geometry.in_channels // geometry.groups
+        tiles = geometry.groups * -(-outputs // _TILE) * -(-channels // _TILE) * geometry.taps
+        return self.parts(min(_MOST_PARTS, -(-_MOST_WORK_ITEMS // max(1, tiles))))
 
     def add_parts(self, sums: Any, result: Any) -> None:
         """Add partial sums (parts, taps, outputs, channels) to a result (outputs, channels, *axes)."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy
@@ -38,6 +39,35 @@ ARGUMENTS_DTYPE = numpy.dtype(
 MOST_BLOCKS = 2**30
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A kernel for one problem.
+
+    Attributes
+    ----------
+    module : Module
+        The compilation that it is in.
+    kernel : str
+        Its name.
+    blocks : int
+        Blocks for each tile of positions.
+    positions : int
+        Positions of a tile.
+    threads, shared : int
+        Threads and bytes of dynamic shared memory per block.
+    time : float
+        Of one block, predicted, in units of nothing: to choose among several.
+    """
+
+    module: Module
+    kernel: str
+    blocks: int
+    positions: int
+    threads: int = 256
+    shared: int = 0
+    time: float = 0.0
+
+
 class Device(Protocol):
     """Where kernels run: allocates arrays and launches, all in the order of one stream.
 
@@ -52,6 +82,10 @@ class Device(Protocol):
     def multiprocessors(self) -> int:
         """How many blocks run side by side, at least."""
 
+    @property
+    def most_shared(self) -> int:
+        """The most bytes of shared memory that a block may have."""
+
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """Return a new array in C order."""
 
@@ -64,16 +98,8 @@ class Device(Protocol):
     def pointer(self, array: Any) -> int:
         """Return the address of the first element."""
 
-    def launch(
-        self,
-        module: Module,
-        kernel: str,
-        blocks: tuple[int, int, int],
-        threads: int,
-        shared: int,
-        record: Any,
-    ) -> None:
-        """Run a kernel with `shared` bytes of dynamic shared memory."""
+    def launch(self, launch: Launch, blocks: int, record: Any) -> None:
+        """Run a kernel with so many blocks."""
 
 
 def arguments(device: Device, geometry: numpy.ndarray[Any, Any], **fields: Any) -> numpy.ndarray[Any, Any]:

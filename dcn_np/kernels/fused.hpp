@@ -22,6 +22,8 @@ constexpr int kRow = DCN_ROW;
 constexpr int kChunk = 16;
 constexpr int kChunks = kRow / kChunk;
 constexpr int kChannels = kRow / static_cast<int>(sizeof(T));  // of one step
+// Long sums are put together from pieces; rounded factors are far coarser than what that gains.
+constexpr bool kInPieces = DCN_STRICT;
 
 // Chunk c of row r of a tile. The order of chunks changes from row to row, so that neither loading matrices nor
 // storing chunks meets one bank of shared memory twice.
@@ -50,6 +52,10 @@ struct HalfNumbers {
   };
   static DCN_INLINE float low(uint32_t two) { return widened(Type{static_cast<uint16_t>(two)}); }
   static DCN_INLINE float high(uint32_t two) { return widened(Type{static_cast<uint16_t>(two >> 16)}); }
+  static DCN_INLINE float dot(const uint4& chunk, const float (&by)[8]) {
+    return low(chunk.x) * by[0] + high(chunk.x) * by[1] + low(chunk.y) * by[2] + high(chunk.y) * by[3] +
+           low(chunk.z) * by[4] + high(chunk.z) * by[5] + low(chunk.w) * by[6] + high(chunk.w) * by[7];
+  }
   // sum of weight * corner, for both numbers of one word.
   static DCN_INLINE uint32_t combined(uint32_t a, uint32_t b, uint32_t c, uint32_t d, const float4& w) {
     return Numbers<Type>::packed(low(a) * w.x + low(b) * w.y + low(c) * w.z + low(d) * w.w,
@@ -75,6 +81,10 @@ struct Numbers<BFloat16> : HalfNumbers<BFloat16> {
 
 template <>
 struct Numbers<float> {
+  static DCN_INLINE float dot(const uint4& chunk, const float (&by)[4]) {
+    return float_of_bits(chunk.x) * by[0] + float_of_bits(chunk.y) * by[1] + float_of_bits(chunk.z) * by[2] +
+           float_of_bits(chunk.w) * by[3];
+  }
   static DCN_INLINE uint32_t combined(uint32_t a, uint32_t b, uint32_t c, uint32_t d, const float4& w) {
     return bits_of_float(float_of_bits(a) * w.x + float_of_bits(b) * w.y + float_of_bits(c) * w.z +
                          float_of_bits(d) * w.w);
@@ -128,16 +138,27 @@ struct WarpSums {
   // two chunks number `step`.
   DCN_INLINE void add(unsigned char* a, int row, unsigned char* b, int column, int step) {
     const int lane = threadIdx.x % kWarp;
+    add_product([&](uint32_t (&bits)[4],
+                    int r) { load_matrices(bits, chunk_of(a, row + r + lane % 16, step * 2 + lane / 16)); },
+                [&](uint32_t (&bits)[4], int c) {
+                  load_matrices(bits,
+                                chunk_of(b, column + c + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+                });
+  }
+
+  // The same with functions that load what lies at 16 rows of this part of `a`, and at 16 columns of `b`.
+  template <class LoadRows, class LoadColumns>
+  DCN_INLINE void add_product(const LoadRows& load_rows, const LoadColumns& load_columns) {
     typename Numbers<T>::template Factors<4> left[kRows / 16];
     uint32_t bits[4];
 #pragma unroll
     for (int i = 0; i < kRows / 16; ++i) {
-      load_matrices(bits, chunk_of(a, row + i * 16 + lane % 16, step * 2 + lane / 16));
+      load_rows(bits, i * 16);
       left[i].set(bits, 0);
     }
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
-      load_matrices(bits, chunk_of(b, column + j * 16 + lane % 8 + lane / 16 * 8, step * 2 + lane / 8 % 2));
+      load_columns(bits, j * 16);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         typename Numbers<T>::template Factors<2> right;
@@ -156,6 +177,19 @@ struct WarpSums {
       for (int j = 0; j < kColumns / 8; ++j)
 #pragma unroll
         for (int k = 0; k < 4; ++k) total.sum[i][j][k] += sum[i][j][k], sum[i][j][k] = 0;
+  }
+
+  // Stores those columns that are `from` to from + kWidth of the block's tile, where this warp's part begins at
+  // (row, column), to rows of kPitch floats.
+  template <int kWidth, int kPitch>
+  DCN_INLINE void store_columns(int row, int column, int from, float* to) const {
+    if (column + kColumns <= from || from + kWidth <= column) return;
+    for_each_pair([&](int r, int c, float first, float second) {
+      const int place = column + c - from;
+      if (place < 0 || place >= kWidth) return;
+      to[(row + r) * kPitch + place] = first;
+      to[(row + r) * kPitch + place + 1] = second;
+    });
   }
 
   // Calls body(row, column, two neighbouring sums).
@@ -199,7 +233,7 @@ struct SampleTable {
                        int64_t first_image) const {
     int32_t place = 0, corners = 0;
     float weight[kCorners] = {};
-    if (number < a.first + a.count) {
+    if (number < end_of(a)) {
       const Position<2> position(a.geometry, number);
       AxisSample<L> axes[2];
       locate<L, P>(a, position, tap, offset_group, axes);

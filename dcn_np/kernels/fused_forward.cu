@@ -7,7 +7,7 @@
 //
 // Contract: x is channels-last, all its strides and its address multiples of 16 bytes, and the images of a tile
 // lie within 2^27 chunks. weight is (taps, out_channels, channels of a group). The channels of a group and of an
-// offset group are multiples of kChannels. Blocks: position tiles; then groups x output tiles of a group.
+// offset group are multiples of kChannels. Blocks: output tiles of a group, groups, position tiles.
 // Shared bytes: see fused.py.
 #include "fused.hpp"
 
@@ -22,7 +22,7 @@ constexpr int kProducts = kRow / (2 * kChunk);  // of tiles, in one step
 // The columns of the next step come in so many parts: with large tiles of sums few registers are left for them.
 constexpr int kParts = kChunksPerThread < kProducts ? kChunksPerThread : kProducts;
 constexpr int kAtOnce = kChunksPerThread / kParts, kProductsPerPart = kProducts / kParts;
-constexpr bool kInPieces = sizeof(T) == sizeof(float);  // halves round their results far more coarsely
+
 constexpr int kStepsPerPiece = 128 / kChannels > 0 ? 128 / kChannels : 1;
 constexpr int kPitch = 65;  // floats in a row of results on their way out, 64 of them used
 static_assert(kBM * kChunks % kThreads == 0 && kChunksPerThread % kParts == 0 && kProducts % kParts == 0);
@@ -48,10 +48,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fused_forward(const Ar
   const int channels = static_cast<int>(quotient(geometry.in_channels, geometry.groups));
   const int outputs = static_cast<int>(quotient(geometry.out_channels, geometry.groups));
   const int of_offset_group = static_cast<int>(quotient(geometry.in_channels, geometry.offset_groups));
-  int64_t block = blockIdx.y;
+  int64_t block = blockIdx.x;
   const int first_output = static_cast<int>(take(block, ceiling(outputs, kBN))) * kBN;
-  const int first_channel = static_cast<int>(block) * channels;
-  const int64_t first = a.first + static_cast<int64_t>(blockIdx.x) * kBM;
+  const int64_t group = take(block, geometry.groups);
+  const int first_channel = static_cast<int>(group) * channels;
+  const int64_t first = a.first + block * kBM;
   const int64_t first_image = quotient(first, output_positions(geometry));
   const int steps = channels / kChannels * taps;
   const int thread = threadIdx.x, warp = thread / kWarp;
@@ -65,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fused_forward(const Ar
       a.x.data + first_image * a.x.batch + first_channel * int64_t{sizeof(T)} + own_chunk * kChunk;
   const int64_t weight_row = channels * int64_t{sizeof(T)};
   const char* const own_weights = static_cast<const char*>(a.weight) + own_chunk * kChunk +
-                                  (block * outputs + first_output + own_row) * weight_row;
+                                  (group * outputs + first_output + own_row) * weight_row;
 
   const auto fill_table = [&](int channel) {
     for (int i = thread; i < taps * kBM; i += kThreads)
@@ -154,21 +155,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fused_forward(const Ar
   wait_for_copies<0>();
   barrier();
   for (int p = thread; p < kBM; p += kThreads)
-    places[p] = first + p < a.first + a.count
+    places[p] = first + p < end_of(a)
                     ? Position<2>(geometry, first + p).template in<char>(a.output, 0) - a.output.data
                     : -1;
   const bool along_outputs = a.output.channel == int64_t{sizeof(T)};
   for (int from = 0; from < kBN; from += 64) {
-    if (column / 64 * 64 == from || (kWN > 64 && column <= from && from < column + kWN))
-      (kInPieces ? total : sums).for_each_pair([&](int p, int o, float first_sum, float second_sum) {
-        if (column + o < from || column + o >= from + 64) return;
-        results[(row + p) * kPitch + column + o - from] = first_sum;
-        results[(row + p) * kPitch + column + o - from + 1] = second_sum;
-      });
+    (kInPieces ? total : sums).store_columns<64, kPitch>(row, column, from, results);
     barrier();
     for (int i = thread; i < kBM * 64; i += kThreads) {
       const int p = along_outputs ? i / 64 : i % kBM, o = along_outputs ? i % 64 : i / kBM;
-      const int64_t output = block * outputs + first_output + from + o;
+      const int64_t output = group * outputs + first_output + from + o;
       if (places[p] < 0 || first_output + from + o >= outputs) continue;
       const float bias = a.bias ? widened(load(static_cast<const T*>(a.bias) + output)) : 0.0f;
       store(reinterpret_cast<T*>(a.output.data + places[p] + output * a.output.channel),

@@ -19,6 +19,14 @@ DCN_INLINE int64_t ceiling(int64_t dividend, int64_t divisor) {
 
 DCN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+DCN_INLINE int64_t common_divisor(int64_t a, int64_t b) {
+  while (b) {
+    const int64_t rest = a - quotient(a, b) * b;
+    a = b, b = rest;
+  }
+  return a;
+}
+
 // Takes the innermost of several axes off the number of a block and returns the index along it.
 DCN_INLINE int64_t take(int64_t& block, int64_t extent) {
   const int64_t rest = quotient(block, extent), index = block - rest * extent;
@@ -29,6 +37,8 @@ DCN_INLINE int64_t take(int64_t& block, int64_t extent) {
 DCN_INLINE int64_t output_positions(const Geometry& geometry) {
   return geometry.output[0] * geometry.output[1] * geometry.output[2];
 }
+
+DCN_INLINE int64_t end_of(const Arguments& a) { return a.first + a.count; }
 
 DCN_INLINE int64_t taps_of(const Geometry& geometry) {
   return geometry.kernel[0] * geometry.kernel[1] * geometry.kernel[2];
@@ -92,6 +102,53 @@ DCN_INLINE int64_t corner_place(const AxisSample<Lanes> (&axes)[NDim], int corne
   for (int axis = 0; axis < NDim; ++axis)
     place += (axes[axis].cell + corner_bit<NDim>(corner, axis)) * images.axis[axis];
   return place;
+}
+
+// The corners of a sample as its gradients see them.
+template <class Lanes, class P, int NDim>
+struct CornersOf {
+  static constexpr int kCorners = 1 << NDim;
+  int64_t place[kCorners];                // of the pixel in x, in bytes; -1: outside the image
+  int64_t target[kCorners];               // of the pixel in grad_x; -1: gets nothing
+  typename Lanes::Real weight[kCorners];  // with the mask
+
+  CornersOf() = default;
+  // Past the last position all are outside.
+  DCN_INLINE CornersOf(const Arguments& a, int64_t number, int64_t tap, int64_t offset_group) {
+    for (int corner = 0; corner < kCorners; ++corner) place[corner] = target[corner] = -1;
+    if (number >= end_of(a)) return;
+    const Position<NDim> position(a.geometry, number);
+    AxisSample<Lanes> axes[NDim];
+    locate<Lanes, P>(a, position, tap, offset_group, axes);
+    const bool nan = any_nan<Lanes, NDim>(axes);
+    const auto mask = mask_of<Lanes, P>(a, position, tap, offset_group);
+#pragma unroll
+    for (int corner = 0; corner < kCorners; ++corner) {
+      bool used;
+      weight[corner] = masked_weight<Lanes, NDim>(axes, corner, mask, used);
+      if (nan || !corner_inside<Lanes, NDim>(axes, corner)) continue;
+      place[corner] = corner_place<Lanes>(axes, corner, position.image, a.x);
+      if (used) target[corner] = corner_place<Lanes>(axes, corner, position.image, a.grad_x);
+    }
+  }
+};
+
+// Stores grad_offset and grad_mask of one sample, as far as they are wanted, from the dots of its corners.
+template <class Lanes, class P, int NDim>
+DCN_INLINE void store_position_gradients(const Arguments& a, int64_t number, int64_t tap,
+                                         int64_t offset_group,
+                                         const typename Lanes::Real (&dots)[1 << NDim]) {
+  const Position<NDim> position(a.geometry, number);
+  AxisSample<Lanes> axes[NDim];
+  locate<Lanes, P>(a, position, tap, offset_group, axes);
+  const auto gradients =
+      position_gradients<Lanes, NDim>(axes, mask_of<Lanes, P>(a, position, tap, offset_group), dots);
+  const int64_t plane = offset_group * taps_of(a.geometry) + tap;
+  if (a.grad_mask.data) store(position.template in<P>(a.grad_mask, plane), gradients.mask);
+  if (a.grad_offset.data)
+#pragma unroll
+    for (int axis = 0; axis < NDim; ++axis)
+      store(position.template in<P>(a.grad_offset, plane * NDim + axis), gradients.offset[axis]);
 }
 
 }  // namespace dcn

@@ -13,6 +13,7 @@
 // x, and the gradient of the output in `output`, are channels-last; y is as the caller wants it. An array
 // whose data is null is not wanted. The grid has one axis; the numbers below count its blocks.
 #include "locating.hpp"
+#include "parts.hpp"
 
 namespace dcn {
 namespace {
@@ -25,15 +26,13 @@ constexpr int kDims = DCN_NDIM;
 constexpr int kCorners = 1 << kDims;
 
 constexpr int kThreads = 256;
-constexpr int kTile = 64;          // positions, outputs or channels on one side of a tile
-constexpr int kStep = 16;          // terms that are added per step
-constexpr int kPart = 4;           // a thread has kPart x kPart sums of a tile
-constexpr int kOutputPiece = 128;  // the most products that are added before the sum is put aside, in y
-constexpr int kPiece = 256;        // the same in gradients
+constexpr int kTile = 64;           // positions, outputs or channels on one side of a tile
+constexpr int kStep = 16;           // terms that are added per step
+constexpr int kPart = 4;            // a thread has kPart x kPart sums of a tile
+constexpr int kOutputPiece = 128;   // the most products that are added before the sum is put aside, in y
+constexpr int kPiece = kPartPiece;  // the same in gradients
 constexpr int kWarp = 32;
 static_assert(kThreads == (kTile / kPart) * (kTile / kPart), "one square of sums per thread");
-
-DCN_INLINE int64_t end_of(const Arguments& a) { return a.first + a.count; }
 
 // The corners that give a sample its value.
 struct Reads {
@@ -215,31 +214,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) direct_forward(const A
 
 namespace {
 
-// The corners of a sample as its gradients see them.
-struct Corners {
-  int64_t place[kCorners];   // of the pixel in x; -1: outside the image
-  int64_t target[kCorners];  // of the pixel in grad_x; -1: gets nothing
-  R weight[kCorners];        // with the mask
-
-  Corners() = default;
-  DCN_INLINE Corners(const Arguments& a, int64_t number, int64_t tap, int64_t offset_group) {
-    for (int corner = 0; corner < kCorners; ++corner) place[corner] = target[corner] = -1;
-    if (number >= end_of(a)) return;
-    const Position<kDims> position(a.geometry, number);
-    AxisSample<L> axes[kDims];
-    locate<L, P>(a, position, tap, offset_group, axes);
-    const bool nan = any_nan<L, kDims>(axes);
-    const R mask = mask_of<L, P>(a, position, tap, offset_group);
-#pragma unroll
-    for (int corner = 0; corner < kCorners; ++corner) {
-      bool used;
-      weight[corner] = masked_weight<L, kDims>(axes, corner, mask, used);
-      if (nan || !corner_inside<L, kDims>(axes, corner)) continue;
-      place[corner] = corner_place<L>(axes, corner, position.image, a.x);
-      if (used) target[corner] = corner_place<L>(axes, corner, position.image, a.grad_x);
-    }
-  }
-};
+using Corners = CornersOf<L, P, kDims>;
 
 // (positions, channels): the gradients of a tile of columns.
 using Columns = R[kTile][kWarp + 1];
@@ -368,17 +343,7 @@ DCN_INLINE void walk_positions(const Arguments& a) {
   }
   barrier();
   if (thread >= kTile || first + thread >= end_of(a) || !dots_wanted) return;
-  const Position<kDims> position(geometry, first + thread);
-  AxisSample<L> axes[kDims];
-  locate<L, P>(a, position, tap, offset_group, axes);
-  const auto gradients =
-      position_gradients<L, kDims>(axes, mask_of<L, P>(a, position, tap, offset_group), dots[thread]);
-  const int64_t plane = offset_group * taps + tap;
-  if (a.grad_mask.data) store(position.template in<P>(a.grad_mask, plane), gradients.mask);
-  if (a.grad_offset.data)
-#pragma unroll
-    for (int axis = 0; axis < kDims; ++axis)
-      store(position.template in<P>(a.grad_offset, plane * kDims + axis), gradients.offset[axis]);
+  store_position_gradients<L, P, kDims>(a, first + thread, tap, offset_group, dots[thread]);
 }
 
 }  // namespace
@@ -430,22 +395,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) add_in_order(const Arg
   }
 }
 
-namespace {
-
-// The positions of one part: kPiece or a multiple, so that no piece of a sum is cut.
-DCN_INLINE int64_t part_length(const Arguments& a) {
-  return ceiling(ceiling(a.count, a.parts), kPiece) * kPiece;
-}
-
-DCN_INLINE R* partial_weight(const Arguments& a, int64_t part, int64_t tap, int64_t output, int64_t channel) {
-  const Geometry& geometry = a.geometry;
-  const int64_t channels = quotient(geometry.in_channels, geometry.groups);
-  const int64_t row = (part * taps_of(geometry) + tap) * geometry.out_channels + output;
-  return static_cast<R*>(a.between) + row * channels + channel;
-}
-
-}  // namespace
-
 // Blocks: channel tiles of a group, output tiles of a group, groups, taps, parts.
 extern "C" __global__ void __launch_bounds__(kThreads, 1) tiled_weights(const Arguments a) {
   __shared__ R columns[kStep][kTile], grads[kStep][kTile];
@@ -485,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) tiled_weights(const Ar
   }
   sums.for_each([&](int c, int o, R sum) {
     if (first_channel + c < channels && first_output + o < outputs)
-      *partial_weight(a, part, tap, group * outputs + first_output + o, first_channel + c) = sum;
+      *partial_weight<R>(a, part, tap, group * outputs + first_output + o, first_channel + c) = sum;
   });
 }
 
@@ -509,7 +458,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) direct_weights(const A
   for (int64_t number = begin; number < end; ++number)
     sum.add(Reads(a, number, tap, quotient(channel, of_offset_group)).sample(a, channel),
             widened(load(Position<kDims>(geometry, number).template in<const T>(a.output, output))));
-  *partial_weight(a, part, tap, output, in_group) = sum.sum();
+  *partial_weight<R>(a, part, tap, output, in_group) = sum.sum();
 }
 
 }  // namespace dcn
