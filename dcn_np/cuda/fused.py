@@ -72,7 +72,7 @@ _SMALL = Tile(64, 64, 32, 16, 3, 0.6)
 
 # By kernel and by how factors are multiplied: what registers and shared memory have room for. Each source has
 # one kernel, of its name.
-TILES = {
+TILES: dict[str, dict[str, tuple[Tile, ...]]] = {
     "fused_forward": {
         "half": (_LARGE, _MIDDLE, _WIDE),
         "tf32": (_LARGE, _MIDDLE, _SMALL),
