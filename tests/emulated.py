@@ -91,8 +91,8 @@ _modules: dict[Path, EmulatedModule] = {}
 
 
 def compiled(source: Path, defines: dict[str, str]) -> EmulatedModule:
-    """Return the compiled source, loaded once per process."""
-    path = library(source, defines)
+    """Return the compiled source, loaded once per process; under tools/sanitize.sh a sanitized one."""
+    path = library(source, defines, sanitize="address" in os.environ.get("DCN_NP_SANITIZE", ""))
     if path not in _modules:
         _modules[path] = EmulatedModule(path)
     return _modules[path]

@@ -12,16 +12,20 @@ folder=build/sanitized
 # Not test_runtime.py: under a sanitizer a failed operator new ends the process.
 tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
-    tests=(tests/test_arguments.py tests/test_semantics.py tests/test_gradients.py tests/test_fuzz.py)
+    tests=(
+        tests/test_arguments.py tests/test_semantics.py tests/test_gradients.py tests/test_fuzz.py
+        tests/test_gpu_kernels.py tests/test_gpu_fused.py
+    )
 fi
 
 "$python" setup.py --quiet build --build-base "$folder" --build-lib "$folder/lib"
 
-# libasan alone aborts at the first C++ exception, hence libstdc++ beside it.
+# libasan alone aborts at the first C++ exception, hence libstdc++ beside it. The threads of the emulated GPU have
+# stacks of their own, which it would take for stacks in use after return.
 compiler=${CXX:-g++}
 sanitized() {
     env LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libstdc++.so)" \
-        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
+        ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc \
         PYTHONSAFEPATH=1 PYTHONPATH="$folder/lib" "$@"
 }
 
