@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -36,6 +37,14 @@ class Device:
         return self
 
     def __exit__(self, *error):
+        return None
+
+
+class Event:
+    def record(self):
+        self.time = time.perf_counter()
+
+    def synchronize(self):
         return None
 
 
@@ -135,6 +144,10 @@ def emulated_gpu():
     fake = types.ModuleType("cupy")
     fake.cuda = types.ModuleType("cupy.cuda")
     fake.cuda.Device = Device
+    fake.cuda.Event = Event
+    fake.cuda.get_elapsed_time = lambda begin, end: end.time - begin.time
+    fake.cuda.get_current_stream = lambda: types.SimpleNamespace(is_capturing=lambda: False)
+    fake.cuda.runtime = types.SimpleNamespace(getDeviceProperties=lambda number: {"name": b"emulated"})
     fake.__dict__.update(
         ndarray=ndarray,
         empty=empty,

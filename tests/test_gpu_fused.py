@@ -1,6 +1,7 @@
 """The fused kernels, emulated: against the reference, with every tile, in any order of threads."""
 
 import dataclasses
+import json
 import types
 
 import emulated_gpu
@@ -10,7 +11,7 @@ import pytest
 from problems import HALVES, LAYOUTS, assert_close, random_problem
 
 from dcn_np import cuda
-from dcn_np.cuda import engine, fused
+from dcn_np.cuda import engine, fused, modules, tuning
 from dcn_np.geometry import Geometry
 
 ORDERS = (0, 1, 7)  # forward, backward, random
@@ -160,11 +161,11 @@ def choices(monkeypatch, function):
     while True:
         counts = []
 
-        def choose(geometry, launches, multiprocessors, number=number, counts=counts):
+        def choose(device, geometry, launches, seconds, number=number, counts=counts):
             counts.append(len(launches))
             return launches[min(number, len(launches) - 1)]
 
-        monkeypatch.setattr(fused, "chosen", choose)
+        monkeypatch.setattr(tuning, "chosen", choose)
         results.append(function())
         number += 1
         if number >= max(counts):
@@ -344,7 +345,7 @@ def test_an_older_gpu_has_none():
 def test_few_positions_get_small_tiles():
     def work(**sizes):
         geometry = geometry_of(channels=(256, 256), **sizes)
-        chosen = [fused.chosen(geometry, launches, H100) for launches in launches_of(geometry)]
+        chosen = [tuning.predicted(H100, geometry, launches) for launches in launches_of(geometry)]
         return [
             int(define["DCN_BM"]) * int(define["DCN_BN"])
             for define in (dict(c.module.defines) for c in chosen)
@@ -353,3 +354,84 @@ def test_few_positions_get_small_tiles():
     few, many = work(extent=16, batch=2), work(extent=56, batch=32)
     assert few[0] < many[0]
     assert few[1] < many[1]
+
+
+# ---- timing on request
+
+
+@pytest.fixture
+def tuned(monkeypatch, tmp_path):
+    """A cache of our own, where the second candidate is always the fastest; the kinds timed."""
+    monkeypatch.setenv("DCN_NP_CACHE_DIR", str(tmp_path / "cache"))
+    modules.cache_folder.cache_clear()
+    timed = []
+
+    def seconds(launch):
+        timed.append(launch.kernel)
+        return float(timed.count(launch.kernel) != 2)
+
+    yield types.SimpleNamespace(timed=timed, seconds=seconds, file=tmp_path / "cache" / "tuned.json")
+    modules.cache_folder.cache_clear()
+
+
+NAMED = types.SimpleNamespace(**vars(H100), name="Some GPU")
+
+
+def test_without_the_request_nothing_is_timed(tuned, monkeypatch):
+    monkeypatch.delenv("DCN_NP_AUTOTUNE", raising=False)
+    geometry = geometry_of()
+    for launches in launches_of(geometry):
+        chosen = tuning.chosen(NAMED, geometry, launches, tuned.seconds)
+        assert chosen is tuning.predicted(NAMED, geometry, launches)
+    assert not tuned.timed
+    assert not tuned.file.exists()
+
+
+def test_the_fastest_is_remembered(tuned, monkeypatch):
+    monkeypatch.setenv("DCN_NP_AUTOTUNE", "1")
+    geometry = geometry_of()
+    for launches in launches_of(geometry):
+        tuned.timed.clear()
+        assert tuning.chosen(NAMED, geometry, launches, tuned.seconds) is launches[1]
+        assert len(tuned.timed) == len(launches)
+    # From now on by everyone, asked to time or not; a new process reads the file.
+    monkeypatch.delenv("DCN_NP_AUTOTUNE")
+    tuning._read.clear()
+    tuned.timed.clear()
+    for launches in launches_of(geometry):
+        assert tuning.chosen(NAMED, geometry, launches, tuned.seconds) is launches[1]
+    other = types.SimpleNamespace(**vars(H100), name="Another GPU")
+    launches = launches_of(geometry)[0]
+    assert tuning.chosen(other, geometry, launches, tuned.seconds) is tuning.predicted(
+        other, geometry, launches
+    )
+    assert not tuned.timed
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"Some GPU": 3}', "{"])
+def test_a_damaged_file_is_forgotten(tuned, monkeypatch, content):
+    modules.cache_folder()
+    tuned.file.write_text(content)
+    monkeypatch.setenv("DCN_NP_AUTOTUNE", "1")
+    geometry = geometry_of()
+    launches = launches_of(geometry)[0]
+    assert tuning.chosen(NAMED, geometry, launches, tuned.seconds) is launches[1]
+    assert list(json.loads(tuned.file.read_text())) == ["Some GPU"]
+
+
+def test_in_the_capture_of_a_graph_nothing_is_timed(tuned, monkeypatch):
+    monkeypatch.setenv("DCN_NP_AUTOTUNE", "1")
+    geometry = geometry_of()
+    launches = launches_of(geometry)[0]
+    assert tuning.chosen(NAMED, geometry, launches, lambda launch: None) is tuning.predicted(
+        NAMED, geometry, launches
+    )
+    assert not tuned.file.exists()
+
+
+def test_timing_leaves_the_results_alone(tuned, monkeypatch):
+    problem = problem_of("3x3", 10)
+    untimed = all_results(problem)
+    monkeypatch.setenv("DCN_NP_AUTOTUNE", "1")
+    assert_same_bits(all_results(problem), untimed)
+    assert len(json.loads(tuned.file.read_text())["emulated"]) == 3

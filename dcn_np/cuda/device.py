@@ -5,6 +5,7 @@ No function of CuPy that compiles anything is called: those need CUDA headers, w
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ import cupy
 
 from .launching import Launch
 from .modules import Module, cubin_path
+
+# After one that may have to load the kernel.
+_TIMED_RUNS = 5
 
 
 def may_share_memory(a: Any, b: Any) -> bool:
@@ -35,6 +39,7 @@ class CupyDevice:
     def __init__(self, number: int) -> None:
         self.number = number
         device = cupy.cuda.Device(number)
+        self.name = cupy.cuda.runtime.getDeviceProperties(number)["name"].decode()
         self.architecture = int(device.compute_capability)
         self.multiprocessors = int(device.attributes["MultiProcessorCount"])
         self.most_shared = int(device.attributes["MaxSharedMemoryPerBlockOptin"])
@@ -63,6 +68,20 @@ class CupyDevice:
         """Queue a kernel on the current stream."""
         function = self._function(launch)
         function((blocks, 1, 1), (launch.threads, 1, 1), (record,), shared_mem=launch.shared)
+
+    def seconds(self, launch: Launch, blocks: int, record: Any) -> float | None:
+        """Run a kernel several times and return what one run takes; None in the capture of a graph."""
+        if cupy.cuda.get_current_stream().is_capturing():
+            return None
+        times = []
+        for _ in range(_TIMED_RUNS + 1):
+            begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+            begin.record()
+            self.launch(launch, blocks, record)
+            end.record()
+            end.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(begin, end) / 1000)
+        return float(statistics.median(times[1:]))
 
     def _function(self, launch: Launch) -> Any:
         module, key = launch.module, (launch.module, launch.kernel)

@@ -13,7 +13,7 @@ import numpy
 
 from ..backends import Gradients
 from ..geometry import Geometry
-from . import fused
+from . import fused, tuning
 from .launching import MOST_BLOCKS, Device, Launch, arguments, positions_of, shape_record
 from .modules import Module, copies, plain
 
@@ -59,8 +59,8 @@ def deform_conv(
     }
     launches = fused.forward_launches(geometry, float32_matmul, device)
     if launches:
-        chunked, packed = work.chunked(x), work.packed(weight, (2, 0, 1))
-        work.over_positions(fused.chosen(geometry, launches, device), x=chunked, weight=packed, **given)
+        fields = {"x": work.chunked(x), "weight": work.packed(weight, (2, 0, 1)), **given}
+        work.over_positions(work.chosen(launches, **fields), **fields)
         return out
     launch = work.plain_launch("direct_forward", -(-geometry.out_channels // _WARP), _THREADS // _WARP)
     outputs = geometry.out_channels // geometry.groups
@@ -126,11 +126,11 @@ def _walk_positions(
     deterministic: bool,
 ) -> None:
     geometry = work.geometry
-    sums = None if gradients.x is None else work.sums_like(gradients.x)
+    sums = None if gradients.x is None else work.sums_of(gradients.x)
     fields = {**given, "grad_x": sums, "grad_offset": gradients.offset, "grad_mask": gradients.mask}
     if launches:
-        launch = fused.chosen(geometry, launches, work.device)
         fields["weight"] = work.packed(weight, (2, 1, 0))
+        launch = work.chosen(launches, **fields)
     else:
         shared = (
             geometry.out_channels // geometry.groups,
@@ -139,6 +139,8 @@ def _walk_positions(
         kernel = "tiled_positions" if min(shared) >= _LEAST_IN_TILE else "direct_positions"
         launch = work.plain_launch(kernel, geometry.taps * geometry.offset_groups, _TILE)
         fields["weight"] = work.packed(weight, (2, 0, 1))
+    if sums is not None:
+        work.device.fill_with_zeros(sums)
     if deterministic and sums is not None:
         work.over_positions(launch, _add_in_order(work, fields), _positions_kept(work), **fields)
     else:
@@ -173,16 +175,20 @@ def _add_in_order(work: _Work, fields: dict[str, Any]) -> Callable[[int, int, An
 def _sum_weights(work: _Work, launches: list[Launch], parts: int, given: dict[str, Any], result: Any) -> None:
     geometry = work.geometry
     outputs, channels = geometry.out_channels // geometry.groups, geometry.in_channels // geometry.groups
+    fields = {
+        **given,
+        "parts": parts,
+        "between": work.device.empty((parts, geometry.taps, geometry.out_channels, channels), work.sum_dtype),
+    }
     if launches:
-        launch = fused.chosen(geometry, launches, work.device)
+        launch = work.chosen(launches, **fields)
     else:
         kernel, blocks = "direct_weights", -(-geometry.out_channels * channels // _THREADS)
         if outputs * channels >= _LEAST_WEIGHTS_IN_TILE:
             kernel, blocks = "tiled_weights", -(-channels // _TILE) * -(-outputs // _TILE) * geometry.groups
         launch = work.plain_launch(kernel, blocks * geometry.taps * parts, positions_of(geometry))
-    sums = work.device.empty((parts, geometry.taps, geometry.out_channels, channels), work.sum_dtype)
-    work.over_positions(launch, parts=parts, between=sums, **given)
-    work.add_parts(sums, result)
+    work.over_positions(launch, **fields)
+    work.add_parts(fields["between"], result)
 
 
 def _sum_positions(work: _Work, grads: Any, result: Any) -> None:
@@ -234,10 +240,23 @@ class _Work:
             shape = (at_once, self.geometry.taps, self.geometry.in_channels)
             fields["between"] = self.device.empty(shape, self.sum_dtype)
         for first, count in _pieces(positions_of(self.geometry), at_once):
-            record = arguments(self.device, self.geometry.struct, first=first, count=count, **fields)
-            self.device.launch(launch, -(-count // launch.positions) * launch.blocks, record)
+            self.device.launch(launch, *self._piece(launch, first, count, fields))
             if then is not None:
                 then(first, count, fields["between"])
+
+    def chosen(self, launches: list[Launch], **fields: Any) -> Launch:
+        """Return the launch to use; where they are timed, what they write is garbage afterwards."""
+
+        def seconds(launch: Launch) -> float | None:
+            count = min(positions_of(self.geometry), max(1, MOST_BLOCKS // launch.blocks) * launch.positions)
+            return self.device.seconds(launch, *self._piece(launch, 0, count, fields))
+
+        return tuning.chosen(self.device, self.geometry, launches, seconds)
+
+    def _piece(self, launch: Launch, first: int, count: int, fields: dict[str, Any]) -> tuple[int, Any]:
+        """Return blocks and record for some of the positions."""
+        record = arguments(self.device, self.geometry.struct, first=first, count=count, **fields)
+        return -(-count // launch.positions) * launch.blocks, record
 
     def copy(self, kernel: str, source: Any, destination: Any) -> Any:
         """Copy between memory orders; return the destination."""
@@ -282,12 +301,10 @@ class _Work:
         self.copy("copy", vector.reshape(-1, 1, 1), new.reshape(-1, 1, 1))
         return new
 
-    def sums_like(self, result: Any) -> Any:
-        """Return zeros for the sums of grad_x, channels-last: the result itself if it is so."""
+    def sums_of(self, result: Any) -> Any:
+        """Return an array for the sums of grad_x, channels-last: the result itself if it is so."""
         direct = result.dtype == self.sum_dtype and result.strides[1] == result.dtype.itemsize
-        sums = result if direct else _channels_last(self.device, result.shape, self.sum_dtype)
-        self.device.fill_with_zeros(sums)
-        return sums
+        return result if direct else _channels_last(self.device, result.shape, self.sum_dtype)
 
     def parts(self, most: int = _MOST_PARTS) -> int:
         """Return into how many parts a sum over positions is cut."""

@@ -183,16 +183,6 @@ def weights_launches(geometry: Geometry, float32_matmul: str, device: Device, pa
     return list(candidates.launches("fused_weights", _WHOLE_ROW, shared, blocks, positions=positions))
 
 
-def chosen(geometry: Geometry, launches: list[Launch], device: Device) -> Launch:
-    """Return the one with the least predicted time: whole rounds of blocks on all multiprocessors."""
-
-    def predicted(launch: Launch) -> float:
-        blocks = -(-positions_of(geometry) // launch.positions) * launch.blocks
-        return -(-blocks // device.multiprocessors) * launch.time
-
-    return min(launches, key=predicted)
-
-
 class _Candidates:
     """All tiles for one problem on one device."""
 
@@ -225,6 +215,7 @@ class _Candidates:
                 tile.rows if positions is None else positions,
                 tile.threads,
                 shared(tile),
+                f"{tile.rows}x{tile.columns}",
                 tiles_per_block(tile) * tile.rows * tile.columns / tile.speed,
             )
 

@@ -55,6 +55,8 @@ class Launch:
         Positions of a tile.
     threads, shared : int
         Threads and bytes of dynamic shared memory per block.
+    tile : str
+        Which of several it is.
     time : float
         Of one block, predicted, in units of nothing: to choose among several.
     """
@@ -65,6 +67,7 @@ class Launch:
     positions: int
     threads: int = 256
     shared: int = 0
+    tile: str = ""
     time: float = 0.0
 
 
@@ -73,6 +76,10 @@ class Device(Protocol):
 
     An array has `shape`, `strides` in bytes and `dtype`, whatever library it is of.
     """
+
+    @property
+    def name(self) -> str:
+        """What the maker calls it."""
 
     @property
     def architecture(self) -> int:
@@ -100,6 +107,9 @@ class Device(Protocol):
 
     def launch(self, launch: Launch, blocks: int, record: Any) -> None:
         """Run a kernel with so many blocks."""
+
+    def seconds(self, launch: Launch, blocks: int, record: Any) -> float | None:
+        """Run a kernel several times and return what one run takes; None where it cannot be timed now."""
 
 
 def arguments(device: Device, geometry: numpy.ndarray[Any, Any], **fields: Any) -> numpy.ndarray[Any, Any]:

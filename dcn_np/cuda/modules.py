@@ -194,11 +194,11 @@ def _is_whole(path: Path) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    _replace(path, content)
-    _replace(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest().encode())
+    replace_file(path, content)
+    replace_file(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest().encode())
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file in one step, whoever else writes it at the same time."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
