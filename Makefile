@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
 # Nothing from outside may shadow what is tested.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test build lint types bench wheel sdist sanitize clean
+.PHONY: demo test test-gpu build lint types bench wheel sdist sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -24,6 +24,12 @@ test: $(VENV)/ready
 # The extension alone, compiling what changed.
 build: $(VENV)/ready-dev
 	$(BIN)/python setup.py build_ext --inplace
+
+# With the Python and packages that are there (CuPy, NVRTC, Cython, setuptools, pytest, hypothesis, ml_dtypes): nothing
+# is downloaded. The record goes to benchmarks/results/.
+test-gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	DCN_NP_TEST_GPU=1 PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -p no:cacheprovider -W default tests/gpu
 
 lint: $(VENV)/ready-dev
 	tools/lint.sh $(BIN)

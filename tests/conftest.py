@@ -1,9 +1,14 @@
 """What every test file shares: hypothesis profiles, and the instruction sets of this machine."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 
 import dcn_np
+
+# They need a GPU: see gpu/hardware.py.
+collect_ignore = [] if os.environ.get("DCN_NP_TEST_GPU") else ["gpu"]
 
 # The isa fixture stays as it is through all examples of a test, so its scope is no problem.
 settings.register_profile(

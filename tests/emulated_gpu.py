@@ -167,22 +167,41 @@ def emulated_gpu():
         sys.modules |= hidden
 
 
-def _through_gpu(function):
+def through(to_gpu, from_gpu):
+    """The four functions for NumPy's arrays: there and back by two functions; `out` has to be on the GPU."""
+
+    def wrapped(function):
+        @functools.wraps(function)
+        def call(*arguments, **keywords):
+            arguments = [to_gpu(a) if isinstance(a, np.ndarray) else a for a in arguments]
+            keywords = {name: to_gpu(a) if isinstance(a, np.ndarray) else a for name, a in keywords.items()}
+            result = function(*arguments, **keywords)
+            if isinstance(result, dcn_np.Gradients):
+                return dcn_np.Gradients(*(None if array is None else from_gpu(array) for array in result))
+            return from_gpu(result)
+
+        return call
+
+    names = ("deform_conv", "modulated_deform_conv")
+    return types.SimpleNamespace(
+        **{name: wrapped(getattr(dcn_np, name)) for plain in names for name in (plain, f"{plain}_backward")}
+    )
+
+
+def _with_out(function):
     @functools.wraps(function)
     def call(*arguments, out=None, **keywords):
-        arguments = [on_gpu(a) if isinstance(a, np.ndarray) else a for a in arguments]
-        keywords = {name: on_gpu(a) if isinstance(a, np.ndarray) else a for name, a in keywords.items()}
-        if out is not None:
-            keywords["out"] = ndarray(out)
-        result = function(*arguments, **keywords)
-        if isinstance(result, dcn_np.Gradients):
-            return dcn_np.Gradients(*(None if array is None else array.get() for array in result))
-        return result.get()
+        return (
+            function(*arguments, **keywords)
+            if out is None
+            else function(*arguments, out=ndarray(out), **keywords)
+        )
 
     return call
 
 
-deform_conv = _through_gpu(dcn_np.deform_conv)
-deform_conv_backward = _through_gpu(dcn_np.deform_conv_backward)
-modulated_deform_conv = _through_gpu(dcn_np.modulated_deform_conv)
-modulated_deform_conv_backward = _through_gpu(dcn_np.modulated_deform_conv_backward)
+_functions = through(on_gpu, ndarray.get)
+deform_conv = _with_out(_functions.deform_conv)
+deform_conv_backward = _functions.deform_conv_backward
+modulated_deform_conv = _with_out(_functions.modulated_deform_conv)
+modulated_deform_conv_backward = _functions.modulated_deform_conv_backward

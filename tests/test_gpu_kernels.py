@@ -1,12 +1,15 @@
 """The plain GPU kernels and what launches them, emulated: against the reference, in any order of threads."""
 
 import re
+import subprocess
+import sys
 
 import emulated
 import emulated_gpu
 import ml_dtypes
 import numpy as np
 import pytest
+from calls import environment
 from problems import (
     DTYPES,
     HALVES,
@@ -224,3 +227,18 @@ def test_arguments_have_one_layout_in_python_and_cpp():
 def test_types_have_the_names_of_dtypes():
     known = {str(dtype) for dtype in (*DTYPES, np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))}
     assert set(modules.TYPES) == known
+
+
+def test_the_tests_for_a_gpu_run():
+    """A rehearsal of `make test-gpu`, of a few cases of each kind; what needs a GPU is skipped."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    done = subprocess.run(
+        [*command, "-k", "groups[0] or halves or hundred or 3x3 or test_device"],
+        env=environment(DCN_NP_TEST_GPU="emulated"),
+        cwd=emulated.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 10

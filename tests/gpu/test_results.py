@@ -1,0 +1,106 @@
+"""On a GPU: the results of thousands of cases, against the reference on the CPU, in float64 at least."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hardware import EMULATED, seeds
+from problems import DTYPES, HALVES, assert_close, random_problem
+from test_gpu_fused import CASES, TF32_UNITS
+from test_gpu_fused import problem_of as fused_problem
+
+import dcn_np
+
+BLOCKS = 40
+FLOAT32 = np.dtype(np.float32)
+
+
+def check(gpu, problem, *, units=None, deterministic=False, **keywords):
+    """Results against the reference in the wider dtype."""
+    results = {"y": problem.forward(gpu, **keywords)}
+    results |= problem.backward(gpu, deterministic=deterministic, **keywords)._asdict()
+    wanted = {"y": problem.expected_forward(), **problem.expected_backward()._asdict()}
+    scales = problem.scales()
+    for name, want in wanted.items():
+        got = results[name]
+        assert (got is None) == (want is None), name
+        if want is not None:
+            assert_close(got, want, got.dtype, scales[name], units=units, what=f"{name} of {problem}")
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_every_rank_and_layout_of_groups(gpu, block):
+    for number in seeds(60):
+        seed = 1000 * block + number
+        kind = {
+            "vector_channels": seed % 4 == 1,
+            "non_finite": seed % 4 == 2,
+            "non_finite_values": seed % 4 == 3,
+        }
+        check(gpu, random_problem(seed, dtype=DTYPES[seed % 2], **kind), deterministic=seed % 3 == 0)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_halves(gpu, rank, dtype):
+    for seed in seeds(200):
+        problem = random_problem(
+            70_000 + seed, rank, np.float32, vector_channels=seed % 2 == 0, special=False
+        )
+        check(gpu, problem.astype(dtype), deterministic=seed % 3 == 0)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, FLOAT32], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_fused(gpu, name, dtype):
+    for seed in seeds(30):
+        check(gpu, fused_problem(name, seed, dtype), deterministic=seed % 2 == 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tf32(gpu, name):
+    for seed in seeds(10):
+        check(gpu, fused_problem(name, seed, FLOAT32), units=TF32_UNITS, float32_matmul="tf32")
+
+
+LAYERS = {
+    "56x56": {"in_channels": 256, "out_channels": 256, "extent": (56, 56), "batch": 2},
+    "100x167": {"in_channels": 128, "out_channels": 128, "extent": (100, 167), "batch": 1},
+    "25x42": {"in_channels": 512, "out_channels": 512, "extent": (25, 42), "batch": 2},
+    "200x334": {"in_channels": 64, "out_channels": 64, "extent": (200, 334), "batch": 1},
+}
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), FLOAT32], ids=str)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_of_real_networks(gpu, record, layer, dtype):
+    """The relative error of y does not grow with the image."""
+    if EMULATED:
+        pytest.skip("too large to emulate")
+    problem = fused_problem("3x3", 1, dtype, special=False, **LAYERS[layer])
+    want = problem.astype(np.float64).forward(dcn_np)
+    error = np.linalg.norm(problem.forward(gpu).astype(np.float64) - want) / np.linalg.norm(want)
+    record[f"relative error of y, {layer}, {dtype}"] = float(error)
+    assert error <= {2: 3e-4 if dtype == np.float16 else 2.4e-3, 4: 1e-6}[dtype.itemsize]
+
+
+def many_hits(dtype, batch=2):
+    """Every sample of an image falls on a few pixels: the additions to grad_x meet."""
+    problem = fused_problem("3x3", 2, dtype, special=False, batch=batch, extent=(40, 40))
+    rows = np.arange(40)[:, None] + np.zeros((40, 40))
+    offset = problem.offset.reshape(batch, 9, 2, 40, 40)
+    offset[:, :, 0] = 20 - rows + offset[:, :, 0] / 8
+    offset[:, :, 1] = 20 - rows.T + offset[:, :, 1] / 8
+    return problem
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float16), FLOAT32, np.dtype(np.float64)], ids=str)
+def test_a_hundred_runs_give_the_same_bits(gpu, dtype):
+    problem = many_hits(dtype, 1 if EMULATED else 2)
+    y, gradients = problem.forward(gpu), problem.backward(gpu, deterministic=True)
+    for _ in seeds(100):
+        assert np.array_equal(problem.forward(gpu), y)
+        again = problem.backward(gpu, deterministic=True)
+        assert all(np.array_equal(one, other) for one, other in zip(gradients, again, strict=True))
+        loose = problem.backward(gpu)
+        for name in ("offset", "mask", "weight", "bias"):
+            assert np.array_equal(getattr(loose, name), getattr(gradients, name))
