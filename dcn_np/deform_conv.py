@@ -30,7 +30,9 @@ _float32_matmul = "strict"
 _SHARED = {
     "x": """
 x : array, shape (batch, in_channels, *input)
-    The images: 1 to 3 spatial axes, float32 or float64, any strides. All other arrays have this dtype.""",
+    The images: 1 to 3 spatial axes, any strides; float32 or float64, on a GPU also float16 or bfloat16. All
+    other arrays have this dtype, library (NumPy or CuPy) and device; beside half images `offset` and `mask`
+    may be float32.""",
     "offset": """
 offset : array, shape (batch, offset_groups * taps * ndim, *output), or None
     How far each tap moves, in pixels of `x`, at each output position. The channels of one tap lie side by
@@ -67,7 +69,8 @@ out : array, shape (batch, out_channels, *output), or None
 needs : iterable of str
     The names of the gradients to compute; the others cost nothing and are None.
 deterministic : bool
-    Ask a GPU for the same bits in every run; a CPU always gives them.""",
+    Ask a GPU for the same bits of the gradient of `x` in every run, at a cost: docs/semantics.md, rule 6. The
+    rest, and all on a CPU, has them anyway.""",
     "float32_matmul": """
 float32_matmul : {"strict", "tf32"} or None
     How a GPU may round the factors of float32 products; a CPU is always strict. None is what
