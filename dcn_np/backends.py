@@ -45,8 +45,8 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
     """The functions of a backend module; v1 is the call with mask=None, the rigid grid with offset=None."""
 
-    # What it computes in.
-    DTYPES: tuple[Any, ...]
+    def dtypes(self) -> tuple[Any, ...]:
+        """Return what arrays may hold; bfloat16 once ml_dtypes, whose dtype it is, has been imported."""
 
     def may_share_memory(self, a: Any, b: Any) -> bool:
         """Tell whether two arrays overlap, judged by their first and last byte."""

@@ -30,7 +30,7 @@ _float32_matmul = "strict"
 _SHARED = {
     "x": """
 x : array, shape (batch, in_channels, *input)
-    The images: 1 to 3 spatial axes, any strides; float32 or float64, on a GPU also float16 or bfloat16. All
+    The images: 1 to 3 spatial axes, any strides; float32, float64, float16, or bfloat16 of ml_dtypes. All
     other arrays have this dtype, library (NumPy or CuPy) and device; beside half images `offset` and `mask`
     may be float32.""",
     "offset": """
@@ -352,7 +352,7 @@ def modulated_deform_conv(
     )
     backend = backend_of(x=x, offset=offset, mask=mask, weight=weight, bias=bias)
     geometry = Geometry.of(
-        backend.DTYPES, x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups
+        backend.dtypes(), x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups
     )
     matmul = _float32_matmul if float32_matmul is None else checked_float32_matmul(float32_matmul)
     destination = optional_array("out", out)
@@ -433,7 +433,7 @@ def modulated_deform_conv_backward(
     offset, mask = optional_array("offset", offset), optional_array("mask", mask)
     backend = backend_of(x=x, offset=offset, mask=mask, weight=weight, grad_output=grad_output)
     geometry = Geometry.of(
-        backend.DTYPES, x, offset, mask, weight, None, stride, padding, dilation, groups, offset_groups
+        backend.dtypes(), x, offset, mask, weight, None, stride, padding, dilation, groups, offset_groups
     )
     check_grad_output(geometry, grad_output)
     matmul = _float32_matmul if float32_matmul is None else checked_float32_matmul(float32_matmul)

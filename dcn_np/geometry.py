@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -23,6 +24,16 @@ RANKS = (1, 2, 3)
 # Offsets and masks of an array of these may be float32: in half precision a coordinate loses what is computed
 # carefully.
 HALVES = ("float16", "bfloat16")
+
+
+def half_dtypes() -> tuple[numpy.dtype[Any], ...]:
+    """Return the dtypes of HALVES; bfloat16 once ml_dtypes, whose dtype it is, has been imported."""
+    ml_dtypes = sys.modules.get("ml_dtypes")
+    return _FLOAT16 if ml_dtypes is None else (*_FLOAT16, numpy.dtype(ml_dtypes.bfloat16))
+
+
+_FLOAT16 = (numpy.dtype(numpy.float16),)
+
 FLOAT32_MATMULS = ("strict", "tf32")
 
 # A coordinate is an integer of at most this size plus floor(offset), |floor(offset)| < 2^31: no sum the

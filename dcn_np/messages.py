@@ -65,8 +65,6 @@ def dtype_wanted(dtype: Any, supported: Sequence[Any]) -> str:
     names = " or ".join(map(str, supported))
     if dtype.kind == "f" and not dtype.isnative:
         return f"{names} in the byte order of this machine: astype(dtype.newbyteorder('=')) converts"
-    if dtype.name in ("float16", "bfloat16"):
-        return f"{names} ({dtype.name} is not computed on a CPU yet: astype(numpy.float32) loses nothing)"
     return names
 
 

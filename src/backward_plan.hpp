@@ -33,15 +33,16 @@ struct BackwardPlan : Plan<T, NDim> {
   BackwardPlan(const BackwardArguments& arguments, int threads)
       : Plan<T, NDim>(arguments.geometry),
         arguments(arguments),
-        x(arguments.x, geometry.in_channels, geometry.input),
-        grad_x(arguments.grad_x, geometry.in_channels, geometry.input),
+        x(arguments.x, arguments.images, geometry.in_channels, geometry.input),
+        grad_x(arguments.grad_x, arguments.images, geometry.in_channels, geometry.input),
         threads(threads) {
     const Planes& grad_output = arguments.grad_output;
     constexpr int64_t kVector = kLanes<T>;
     grads_at_x = arguments.grad_x.data;
     grads_at_positions = arguments.grad_offset.data || arguments.grad_mask.data;
     grads_at_weight = arguments.grad_weight;
-    grad_output_in_place = geometry.out_channels <= 1 || grad_output.channel == sizeof(T);
+    grad_output_in_place = arguments.images == Storage::kSame &&
+                           (geometry.out_channels <= 1 || grad_output.channel == sizeof(T));
     grad_output_stride = grad_output_in_place ? grad_output.position / static_cast<int64_t>(sizeof(T))
                                               : uncrowded<T>(geometry.out_channels);
     terms = taps * this->group_inputs;

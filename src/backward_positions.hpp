@@ -116,8 +116,8 @@ class PositionPass : public BackwardRound<T, NDim> {
   void combine_tap(int64_t slot, int64_t group, int64_t begin, int64_t end, const Tile<NDim>& tile,
                    const Tap<NDim>& tap, int64_t at) {
     const Displacement<T, NDim> moved = this->moved(slot, group);
-    const Displacement<T, NDim> gradients(arguments_.grad_offset, arguments_.grad_mask, plan_.taps,
-                                          first_image_ + slot, group);
+    const Displacement<T, NDim> gradients(arguments_.grad_offset, arguments_.grad_mask, arguments_.positions,
+                                          plan_.taps, first_image_ + slot, group);
     with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry()), [&](auto lanes) {
       using L = decltype(lanes);
       for (int64_t p = 0; p < tile.count; p += L::count) {

@@ -70,7 +70,8 @@ class BackwardRound {
     return reinterpret_cast<T*>(grad_output.data + (first_image_ + slot) * grad_output.batch);
   }
   Displacement<T, NDim> moved(int64_t slot, int64_t offset_group) const {
-    return {arguments_.offset, arguments_.mask, plan_.taps, first_image_ + slot, offset_group};
+    return {arguments_.offset, arguments_.mask,     arguments_.positions,
+            plan_.taps,        first_image_ + slot, offset_group};
   }
 
   const BackwardArguments& arguments_;
@@ -83,10 +84,9 @@ class BackwardRound {
   void copy_grad_output(int64_t slot, int64_t item) {
     const Planes& from = arguments_.grad_output;
     const int64_t first = item * kCopyPixels, stride = plan_.grad_output_stride;
-    constexpr int64_t size = sizeof(T);
-    const char* data = from.data + (first_image_ + slot) * from.batch + first * from.position;
-    copy_matrix<T>(least(kCopyPixels, plan_.positions - first), geometry().out_channels,
-                   {reinterpret_cast<const T*>(data), from.position / size, from.channel / size},
+    const StoredMatrix<T> stored = {from.data + (first_image_ + slot) * from.batch + first * from.position,
+                                    from.position, from.channel, arguments_.images};
+    stored.copy_to(least(kCopyPixels, plan_.positions - first), geometry().out_channels,
                    {grad_output_of(slot) + first * stride, stride, 1});
   }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "arrays.hpp"
+#include "halves.hpp"
 #include "sampling.hpp"
 #include "vector.hpp"
 
@@ -64,10 +65,11 @@ struct Tap {
 template <class T, int NDim>
 struct Displacement {
   Planes offset, mask;
+  Storage storage;
   int64_t taps;
 
-  Displacement(Planes offset, Planes mask, int64_t taps, int64_t image, int64_t group)
-      : offset(offset), mask(mask), taps(taps) {
+  Displacement(Planes offset, Planes mask, Storage storage, int64_t taps, int64_t image, int64_t group)
+      : offset(offset), mask(mask), storage(storage), taps(taps) {
     if (offset.data) this->offset.data += image * offset.batch + group * taps * NDim * offset.channel;
     if (mask.data) this->mask.data += image * mask.batch + group * taps * mask.channel;
   }
@@ -103,10 +105,17 @@ struct Displacement {
       __builtin_prefetch(from + byte);
   }
   template <class L>
-  static DCN_INLINE typename L::Real read(const Planes& planes, int64_t channel, int64_t position,
-                                          int64_t count, typename L::Real missing) {
+  DCN_INLINE typename L::Real read(const Planes& planes, int64_t channel, int64_t position, int64_t count,
+                                   typename L::Real missing) const {
     if (!planes.data) return missing;
     const char* from = planes.data + channel * planes.channel + position * planes.position;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (storage != Storage::kSame) {
+        T values[L::count] = {};
+        widen_some(storage, from, planes.position, count < L::count ? count : L::count, values);
+        return load<typename L::Real>(values);
+      }
+    }
     if (planes.position == sizeof(T) && count >= L::count)
       return load<typename L::Real>(reinterpret_cast<const T*>(from));
     T values[L::count] = {};
@@ -115,10 +124,17 @@ struct Displacement {
     return load<typename L::Real>(values);
   }
   template <class L>
-  static DCN_INLINE void write(const Planes& planes, int64_t channel, int64_t position, int64_t count,
-                               typename L::Real values) {
+  DCN_INLINE void write(const Planes& planes, int64_t channel, int64_t position, int64_t count,
+                        typename L::Real values) const {
     if (!planes.data) return;
     char* to = planes.data + channel * planes.channel + position * planes.position;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (storage != Storage::kSame) {
+        T all[L::count];
+        store(all, values);
+        return narrow_some(storage, all, count < L::count ? count : L::count, to, planes.position);
+      }
+    }
     if (planes.position == sizeof(T) && count >= L::count) return store(reinterpret_cast<T*>(to), values);
     for (int64_t i = 0; i < count && i < L::count; ++i)
       *reinterpret_cast<T*>(to + i * planes.position) = values[i];

@@ -60,6 +60,13 @@ const char* dtype_name(int dtype) {
   return names[dtype];
 }
 
+#define DCN_HALF_NAME(name, storage) #name,
+static const char* const kHalves[] = {DCN_FOR_EACH_HALF(DCN_HALF_NAME)};
+#undef DCN_HALF_NAME
+
+int half_count() { return sizeof(kHalves) / sizeof(kHalves[0]); }
+const char* half_name(int half) { return kHalves[half]; }
+
 Status forward(const Kernels& kernels, DType dtype, const ForwardArguments& arguments, int threads,
                Interrupt interrupt) {
   Team team(worthwhile_threads(arguments.geometry, threads), interrupt);

@@ -10,6 +10,8 @@ const Kernels* isa_kernels(int index);
 bool isa_supported(int index);  // by this processor
 int dtype_count();
 const char* dtype_name(int dtype);  // as NumPy names it
+int half_count();
+const char* half_name(int half);  // those of Storage, from its second on
 
 // Run on at most `threads` threads: fewer where the work is too small to share.
 Status forward(const Kernels&, DType, const ForwardArguments&, int threads, Interrupt);

@@ -22,7 +22,7 @@ struct ForwardPlan : Plan<T, NDim> {
 
   ForwardPlan(const ForwardArguments& arguments, int threads)
       : Plan<T, NDim>(arguments.geometry),
-        x(arguments.x, arguments.geometry.in_channels, arguments.geometry.input),
+        x(arguments.x, arguments.images, arguments.geometry.in_channels, arguments.geometry.input),
         panels(Panels::of<T>(this->group_outputs)),
         threads(threads) {
     constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 2304 / sizeof(T), kColumnsBytes = 400 << 10,
@@ -172,7 +172,8 @@ class ForwardRun {
                             Samples<T, NDim>& samples, const Body& body) {
     const int64_t image = first + slot, channels = plan_.offset_group_channels;
     for (int64_t group = 0; group < geometry().offset_groups; ++group) {
-      const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, plan_.taps, image, group);
+      const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, arguments_.positions, plan_.taps,
+                                        image, group);
       const Pixels<NDim> pixels = plan_.x.view(image, image_buffer(slot), group * channels, channels);
       for (int64_t tap = begin; tap < end; ++tap) {
         if (tap + 1 < end) moved.prefetch(tap + 1, tile.first, tile.count);
@@ -238,15 +239,14 @@ class ForwardRun {
   void write(int64_t image, const Tile<NDim>& tile, const T* sums) {
     const Planes& output = arguments_.output;
     const int64_t outputs = plan_.group_outputs;
-    constexpr int64_t size = sizeof(T);
     for (int64_t group = 0; group < (plan_.depthwise ? 1 : geometry().groups); ++group) {
       const int64_t channel = group * outputs;
       char* to = output.data + image * output.batch + channel * output.channel + tile.first * output.position;
       const T* bias = static_cast<const T*>(arguments_.bias);
-      copy_matrix<T>(tile.count, plan_.depthwise ? geometry().out_channels : outputs,
-                     {sums + group * plan_.panels.padded(), plan_.sums_stride, 1},
-                     {reinterpret_cast<T*>(to), output.position / size, output.channel / size},
-                     bias ? bias + channel : nullptr);
+      const StoredMatrix<T> stored = {to, output.position, output.channel, arguments_.images};
+      stored.copy_from(tile.count, plan_.depthwise ? geometry().out_channels : outputs,
+                       {sums + group * plan_.panels.padded(), plan_.sums_stride, 1},
+                       bias ? bias + channel : nullptr);
     }
   }
 

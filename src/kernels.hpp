@@ -19,10 +19,18 @@ enum DType : int {
       kDTypes
 };
 
+// What an array holds: numbers of the kernel's type or, where that is float32, halves. Python's dtype.name.
+#define DCN_FOR_EACH_HALF(X) \
+  X(float16, kFloat16)       \
+  X(bfloat16, kBFloat16)
+
+enum class Storage : int { kSame, kFloat16, kBFloat16 };
+
 // x, offset, mask: see Geometry for their shapes. weight: (out_channels, in_channels / groups, taps), C
-// order.
+// order. Weights, bias and their gradients are always of the kernel's type.
 struct ForwardArguments {
   Geometry geometry;
+  Storage images, positions;  // of x and the output; of offset and mask
   Array x;
   Planes offset, mask;
   const void* weight;
@@ -33,6 +41,7 @@ struct ForwardArguments {
 // A gradient whose pointer is null is not computed.
 struct BackwardArguments {
   Geometry geometry;
+  Storage images, positions;  // of x, grad_x and grad_output; of the other two and their gradients
   Array x;
   Planes offset, mask, grad_output;
   const void* weight;

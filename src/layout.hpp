@@ -6,6 +6,7 @@
 
 #include "arrays.hpp"
 #include "columns.hpp"
+#include "halves.hpp"
 #include "vector.hpp"
 
 namespace dcn::DCN_ISA {
@@ -77,6 +78,76 @@ void copy_matrix(int64_t positions, int64_t channels, MatrixView<const T> from, 
     }
 }
 
+constexpr int64_t kCopyPixels = 256;  // pixels of one item of a copy
+
+// The same from and to an image in a caller's array, whatever it holds there. The image's strides are in bytes; of
+// halves there are at most kCopyPixels positions.
+template <class T>
+struct StoredMatrix {
+  char* data;
+  int64_t position, channel;  // in bytes
+  Storage storage;
+
+  MatrixView<T> same() const {
+    constexpr int64_t size = sizeof(T);
+    return {reinterpret_cast<T*>(data), position / size, channel / size};
+  }
+
+  void copy_to(int64_t positions, int64_t channels, MatrixView<T> to) const {
+    if (storage == Storage::kSame) {
+      const MatrixView<T> from = same();
+      return copy_matrix<T>(positions, channels, {from.data, from.position, from.channel}, to);
+    }
+    if constexpr (sizeof(T) == sizeof(float))
+      with_half(storage, [&](auto half) {
+        using Half = decltype(half);
+        if (channel == kHalfBytes) {
+          for (int64_t p = 0; p < positions; ++p)
+            widen_line<Half>(data + p * position, channel, channels, to.data + p * to.position);
+          return;
+        }
+        T lines[kLines][kCopyPixels];
+        for (int64_t first = 0; first < channels; first += kLines) {
+          const int64_t count = channels - first < kLines ? channels - first : kLines;
+          for (int64_t c = 0; c < count; ++c)
+            widen_line<Half>(data + (first + c) * channel, position, positions, lines[c]);
+          copy_matrix<T>(positions, count, {lines[0], 1, kCopyPixels}, {to.data + first, to.position, 1});
+        }
+      });
+  }
+
+  // Channels of `from` lie side by side.
+  void copy_from(int64_t positions, int64_t channels, MatrixView<const T> from,
+                 const T* bias = nullptr) const {
+    if (storage == Storage::kSame) return copy_matrix<T>(positions, channels, from, same(), bias);
+    if constexpr (sizeof(T) == sizeof(float))
+      with_half(storage, [&](auto half) {
+        using Half = decltype(half);
+        T lines[kLines][kCopyPixels];
+        if (channel == kHalfBytes) {
+          for (int64_t p = 0; p < positions; ++p)
+            for (int64_t first = 0; first < channels; first += kCopyPixels) {
+              const int64_t count = channels - first < kCopyPixels ? channels - first : kCopyPixels;
+              copy_matrix<T>(1, count, {from.data + p * from.position + first, from.position, 1},
+                             {lines[0], kCopyPixels, 1}, bias ? bias + first : nullptr);
+              narrow_line<Half>(lines[0], count, data + p * position + first * kHalfBytes, kHalfBytes);
+            }
+          return;
+        }
+        for (int64_t first = 0; first < channels; first += kLines) {
+          const int64_t count = channels - first < kLines ? channels - first : kLines;
+          copy_matrix<T>(positions, count, {from.data + first, from.position, 1}, {lines[0], 1, kCopyPixels},
+                         bias ? bias + first : nullptr);
+          for (int64_t c = 0; c < count; ++c)
+            narrow_line<Half>(lines[c], positions, data + (first + c) * channel, position);
+        }
+      });
+  }
+
+ private:
+  static constexpr int64_t kLines = 16;
+};
+
 // An image seen as rows of pixels at a constant distance: as few and as long as its strides allow.
 template <int NDim>
 struct Rows {
@@ -98,8 +169,6 @@ struct Rows {
   }
 };
 
-constexpr int64_t kCopyPixels = 256;  // pixels of one item of a copy
-
 // The distance at which to lay rows of `count` elements: a large power of two would crowd their starts into
 // few sets of a cache.
 template <class T>
@@ -109,19 +178,20 @@ DCN_INLINE int64_t uncrowded(int64_t count) {
 }
 
 // How the kernels reach the pixels of an array of images: in place where channels are contiguous, else
-// through a channels-last buffer of one image. The buffer holds parts of the channels one after the other,
+// and numbers of the kernel's type, else through a channels-last buffer of one image. The buffer holds parts of the channels one after the other,
 // [part][pixel][channel], as the pass takes them: a thread that works on a part then touches few pages and
 // whole lines.
 template <class T, int NDim>
 struct Images {
   Array array;
+  Storage storage;
   int64_t channels, extents[NDim], pixels;
   bool in_place;
 
-  Images(const Array& array, int64_t channels, const int64_t* extents)
-      : array(array), channels(channels), pixels(1) {
+  Images(const Array& array, Storage storage, int64_t channels, const int64_t* extents)
+      : array(array), storage(storage), channels(channels), pixels(1) {
     for (int axis = 0; axis < NDim; ++axis) pixels *= this->extents[axis] = extents[axis];
-    in_place = channels <= 1 || array.channel == sizeof(T);
+    in_place = storage == Storage::kSame && (channels <= 1 || array.channel == sizeof(T));
   }
 
   // From pixel to pixel of a part; several parts share the buffer without gaps.
@@ -147,15 +217,14 @@ struct Images {
     return rows.rows * ((rows.length + kCopyPixels - 1) / kCopyPixels);
   }
   void copy_in(int64_t image, int64_t item, T* buffer, int64_t first, int64_t count) const {
-    with_item(image, item, first, [&](int64_t pixel, int64_t pixels, MatrixView<T> planar) {
-      copy_matrix<T>(pixels, count, {planar.data, planar.position, planar.channel},
-                     matrix(buffer, pixel, first, count));
+    with_item(image, item, first, [&](int64_t pixel, int64_t pixels, const StoredMatrix<T>& stored) {
+      stored.copy_to(pixels, count, matrix(buffer, pixel, first, count));
     });
   }
   void copy_out(int64_t image, int64_t item, T* buffer, int64_t first, int64_t count) const {
-    with_item(image, item, first, [&](int64_t pixel, int64_t pixels, MatrixView<T> planar) {
+    with_item(image, item, first, [&](int64_t pixel, int64_t pixels, const StoredMatrix<T>& stored) {
       const MatrixView<T> from = matrix(buffer, pixel, first, count);
-      copy_matrix<T>(pixels, count, {from.data, from.position, from.channel}, planar);
+      stored.copy_from(pixels, count, {from.data, from.position, from.channel});
     });
   }
 
@@ -171,9 +240,8 @@ struct Images {
     const int64_t count = rows.length - start < kCopyPixels ? rows.length - start : kCopyPixels;
     char* data = array.data + image * array.batch + channel * array.channel + rows.offset(row, array.axis) +
                  start * array.axis[NDim - 1];
-    constexpr int64_t size = sizeof(T);
     body(row * rows.length + start, count,
-         MatrixView<T>{reinterpret_cast<T*>(data), array.axis[NDim - 1] / size, array.channel / size});
+         StoredMatrix<T>{data, array.axis[NDim - 1], array.channel, storage});
   }
 };
 

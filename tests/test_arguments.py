@@ -114,7 +114,7 @@ def test_a_number_that_fits_nowhere_is_refused_in_every_place(function, ndim, va
 
 
 def of_arrays(given):
-    return [cpu.DTYPES, *(given.get(name) for name in ("x", "offset", "mask", "weight", "bias"))]
+    return [cpu.dtypes(), *(given.get(name) for name in ("x", "offset", "mask", "weight", "bias"))]
 
 
 def window(**parameters):
@@ -374,7 +374,7 @@ UNSUPPORTED = [
     "u1",
     "i4",
     "i8",
-    "f2",
+    ">f2",
     "F",
     "D",
     "O",
@@ -397,13 +397,12 @@ def test_dtypes_that_are_not_computed(function, dtype):
         value = numpy.zeros(given[name].shape, dtype)
         refused(function, TypeError, rf"^{name} has dtype .*; wanted ", given | {name: value})
     everything = {name: numpy.zeros(value.shape, dtype) for name, value in given.items()}
-    refused(function, TypeError, "^x has dtype .*; wanted float32 or float64", everything)
+    refused(function, TypeError, "^x has dtype .*; wanted float32, float64", everything)
 
 
 def test_hints_of_dtypes():
     given = arrays(2, dcn_np.deform_conv)
-    half, swapped = given["x"].astype(numpy.float16), given["x"].astype(given["x"].dtype.newbyteorder())
-    refused(dcn_np.deform_conv, TypeError, "float16 is not computed on a CPU yet", given | {"x": half})
+    swapped = given["x"].astype(given["x"].dtype.newbyteorder())
     refused(dcn_np.deform_conv, TypeError, "byte order of this machine", given | {"x": swapped})
 
 
@@ -885,7 +884,7 @@ def test_a_dtype_with_metadata_is_its_dtype():
     x = numpy.zeros((1, 1, 41), numpy.dtype(numpy.float32, metadata={"unit": "m"}))
     weight = numpy.zeros((1, 1, 1), numpy.float32)
     assert x.dtype.metadata
-    assert Geometry.of(cpu.DTYPES, x, None, None, weight, None, **window()).dtype.metadata is None
+    assert Geometry.of(cpu.dtypes(), x, None, None, weight, None, **window()).dtype.metadata is None
 
 
 # ---- what the docstrings show

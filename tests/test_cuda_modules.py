@@ -206,5 +206,5 @@ def test_several_processes_compile_at_once(cache):
 
 
 def test_importing_the_backend_needs_neither_cupy_nor_nvrtc():
-    code = "import sys, dcn_np.cuda; print('cupy' in sys.modules, dcn_np.cuda.DTYPES[0])"
+    code = "import sys, dcn_np.cuda; print('cupy' in sys.modules, dcn_np.cuda.dtypes()[0])"
     assert python(code) == "False float32"

@@ -297,7 +297,7 @@ def geometry_of(channels=(64, 64), dtype=FLOAT16, rank=2, kernel=3, extent=8, ba
         "weight": (outputs, inputs, *(kernel,) * rank),
     }
     arrays = [np.broadcast_to(np.zeros((), dtype), shape) for shape in shapes.values()]
-    return Geometry.of(cuda.DTYPES, *arrays, None, 1, 0, 1, 1, 1)
+    return Geometry.of(cuda.dtypes(), *arrays, None, 1, 0, 1, 1, 1)
 
 
 def launches_of(geometry, device=H100):

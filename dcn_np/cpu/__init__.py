@@ -12,15 +12,22 @@ from typing import Any
 import numpy
 
 from ..backends import Gradients
-from ..geometry import Geometry
+from ..geometry import Geometry, half_dtypes
 from ..threads import get_num_threads
 from . import _native
 
 os.register_at_fork(after_in_child=_native.after_fork_in_child)
 
 _ISAS = [name for name, _ in _native.isas()]
+# What is computed in, and what else is stored, by the kernels' numbers.
 _DTYPES = {numpy.dtype(name): number for number, name in enumerate(_native.dtypes())}
-DTYPES = tuple(_DTYPES)
+_FLOAT32 = numpy.dtype(numpy.float32)
+_STORAGES = {name: number for number, name in enumerate(_native.halves(), 1)}
+
+
+def dtypes() -> tuple[numpy.dtype[Any], ...]:
+    """Return what arrays may hold."""
+    return (*_DTYPES, *half_dtypes())
 
 
 def available_isas() -> tuple[str, ...]:
@@ -90,12 +97,12 @@ def deform_conv(
     result = _flat_place(out)
     _native.deform_conv(
         *_how(geometry),
-        _in_elements(x),
-        _flat(offset),
-        _flat(mask),
-        _contiguous(weight),
-        _contiguous(bias),
-        result,
+        _bits(_in_elements(x)),
+        _bits(_flat(offset)),
+        _bits(_flat(mask)),
+        _wide(weight),
+        _wide(bias),
+        _bits(result),
     )
     return _copied(result, out)
 
@@ -123,17 +130,21 @@ def deform_conv_backward(
         asked.x,
         _flat_place(asked.offset),
         _flat_place(asked.mask),
-        _contiguous_place(asked.weight),
-        asked.bias,
+        _wide_place(asked.weight),
+        _wide_place(asked.bias),
     )
     _native.deform_conv_backward(
         *_how(geometry),
-        _flat(grad_output),
-        _in_elements(x),
-        _flat(offset),
-        _flat(mask),
-        _contiguous(weight),
-        *computed,
+        _bits(_flat(grad_output)),
+        _bits(_in_elements(x)),
+        _bits(_flat(offset)),
+        _bits(_flat(mask)),
+        _wide(weight),
+        _bits(computed.x),
+        _bits(computed.offset),
+        _bits(computed.mask),
+        computed.weight,
+        computed.bias,
     )
     return Gradients(*map(_copied, computed, asked))
 
@@ -143,14 +154,42 @@ def _isa() -> int:
     return _process_isa if chosen is None else chosen
 
 
-def _how(geometry: Geometry) -> tuple[int, int, int, Any]:
-    return _isa(), _DTYPES[geometry.dtype], get_num_threads(), geometry.struct
+def _how(geometry: Geometry) -> tuple[int, int, int, int, int, Any]:
+    images = _STORAGES.get(geometry.dtype.name, 0)
+    return (
+        _isa(),
+        _DTYPES[_FLOAT32 if images else geometry.dtype],
+        images,
+        _STORAGES.get(geometry.position_dtype.name, 0),
+        get_num_threads(),
+        geometry.struct,
+    )
 
 
 def _copied(computed: Any, wanted: Any) -> Any:
     if computed is not wanted:
-        numpy.copyto(wanted, computed)
+        with numpy.errstate(over="ignore"):
+            wanted[...] = computed
     return wanted
+
+
+def _bits(array: Any) -> Any:
+    """Return the bits of halves, since bfloat16 has no place in the buffer protocol; others as they are."""
+    return array.view(numpy.uint16) if array is not None and array.dtype.itemsize == 2 else array
+
+
+def _wide(array: Any) -> Any:
+    """Return weights or a bias contiguous, of what is computed in."""
+    if array is not None and array.dtype.itemsize == 2:
+        return numpy.ascontiguousarray(array, numpy.float32)
+    return _contiguous(array)
+
+
+def _wide_place(wanted: Any) -> Any:
+    """Return where the kernels write for `wanted`, weights or a bias: itself, or an array to copy from."""
+    if wanted is not None and wanted.dtype.itemsize == 2:
+        return numpy.empty(wanted.shape, numpy.float32)
+    return wanted if wanted is None or _is_contiguous(wanted) else numpy.empty(wanted.shape, wanted.dtype)
 
 
 def _in_elements(array: Any) -> Any:
@@ -189,7 +228,3 @@ def _contiguous(array: Any) -> Any:
 def _flat_place(wanted: Any) -> Any:
     """Return where the kernels write for `wanted`: itself, or an array to copy from."""
     return wanted if wanted is None or _is_flat(wanted) else numpy.empty(wanted.shape, wanted.dtype)
-
-
-def _contiguous_place(wanted: Any) -> Any:
-    return wanted if wanted is None or _is_contiguous(wanted) else numpy.empty(wanted.shape, wanted.dtype)

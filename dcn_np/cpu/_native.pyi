@@ -3,6 +3,8 @@ from typing import Any
 def deform_conv(
     isa: int,
     dtype: int,
+    images: int,
+    positions: int,
     threads: int,
     geometry: Any,
     x: Any,
@@ -15,6 +17,8 @@ def deform_conv(
 def deform_conv_backward(
     isa: int,
     dtype: int,
+    images: int,
+    positions: int,
     threads: int,
     geometry: Any,
     grad_output: Any,
@@ -30,6 +34,7 @@ def deform_conv_backward(
 ) -> None: ...
 def isas() -> list[tuple[str, bool]]: ...
 def dtypes() -> list[str]: ...
+def halves() -> list[str]: ...
 def geometry_size() -> int: ...
 def openmp_threads() -> int: ...
 def after_fork_in_child() -> None: ...

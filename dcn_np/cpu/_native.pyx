@@ -48,8 +48,13 @@ cdef extern from "dispatch.hpp" namespace "dcn" nogil:
     cdef enum DType:
         pass
 
+    cdef enum class Storage(int):
+        kSame
+
     cdef struct ForwardArguments:
         Geometry geometry
+        Storage images
+        Storage positions
         Array x
         Planes offset
         Planes mask
@@ -59,6 +64,8 @@ cdef extern from "dispatch.hpp" namespace "dcn" nogil:
 
     cdef struct BackwardArguments:
         Geometry geometry
+        Storage images
+        Storage positions
         Array x
         Planes offset
         Planes mask
@@ -78,6 +85,8 @@ cdef extern from "dispatch.hpp" namespace "dcn" nogil:
     bint isa_supported(int) noexcept
     int dtype_count() noexcept
     const char* dtype_name(int) noexcept
+    int half_count() noexcept
+    const char* half_name(int) noexcept
     Status forward(const Kernels&, DType, const ForwardArguments&, int, Interrupt) noexcept
     Status backward(const Kernels&, DType, const BackwardArguments&, int, Interrupt) noexcept
 
@@ -152,12 +161,20 @@ cdef int finish(Status status) except -1:
     return -1 if status == Status.kInterrupted else 0
 
 
-def deform_conv(int isa, int dtype, int threads, geometry, x, offset, mask, weight, bias, output):
-    """Write the convolution to `output`; a flat position axis is required of offset, mask and output."""
+def deform_conv(
+    int isa, int dtype, int images, int positions, int threads, geometry,
+    x, offset, mask, weight, bias, output,
+):
+    """Write the convolution to `output`; a flat position axis is required of offset, mask and output.
+
+    `images` and `positions` are numbers of `halves`, counted from 1, or 0 for `dtype`.
+    """
     cdef Buffers buffers = Buffers()
     cdef ForwardArguments arguments
     cdef Status status
     arguments.geometry = buffers.geometry(geometry)
+    arguments.images = <Storage> images
+    arguments.positions = <Storage> positions
     buffers.array(x, &arguments.x)
     buffers.planes(offset, &arguments.offset)
     buffers.planes(mask, &arguments.mask)
@@ -170,14 +187,16 @@ def deform_conv(int isa, int dtype, int threads, geometry, x, offset, mask, weig
 
 
 def deform_conv_backward(
-    int isa, int dtype, int threads, geometry, grad_output, x, offset, mask, weight,
-    grad_x, grad_offset, grad_mask, grad_weight, grad_bias,
+    int isa, int dtype, int images, int positions, int threads, geometry,
+    grad_output, x, offset, mask, weight, grad_x, grad_offset, grad_mask, grad_weight, grad_bias,
 ):
     """Write the gradients that are not None; all but x and grad_x need a flat position axis."""
     cdef Buffers buffers = Buffers()
     cdef BackwardArguments arguments
     cdef Status status
     arguments.geometry = buffers.geometry(geometry)
+    arguments.images = <Storage> images
+    arguments.positions = <Storage> positions
     buffers.array(x, &arguments.x)
     buffers.planes(offset, &arguments.offset)
     buffers.planes(mask, &arguments.mask)
@@ -201,6 +220,11 @@ def isas():
 def dtypes():
     """List the names of the dtypes compiled in, in the order of their numbers."""
     return [dtype_name(i).decode() for i in range(dtype_count())]
+
+
+def halves():
+    """List the names of the dtypes that are stored as they are and computed in float32, from number 1 on."""
+    return [half_name(i).decode() for i in range(half_count())]
 
 
 def geometry_size():

@@ -13,20 +13,16 @@ from typing import Any
 import numpy
 
 from ..backends import Gradients
-from ..geometry import Geometry
+from ..geometry import Geometry, half_dtypes
 from . import engine
 
 
-def _dtypes() -> tuple[numpy.dtype[Any], ...]:
-    names = [numpy.dtype(name) for name in ("float32", "float64", "float16")]
-    try:
-        import ml_dtypes
-    except ImportError:  # then CuPy has no arrays of it either
-        return tuple(names)
-    return (*names, numpy.dtype(ml_dtypes.bfloat16))
+def dtypes() -> tuple[numpy.dtype[Any], ...]:
+    """Return what arrays may hold."""
+    return (*_WIDE, *half_dtypes())
 
 
-DTYPES = _dtypes()
+_WIDE = (numpy.dtype(numpy.float32), numpy.dtype(numpy.float64))
 
 
 def may_share_memory(a: Any, b: Any) -> bool:
