@@ -62,7 +62,8 @@ def per_axis(values: Sequence[Any]) -> str:
 
 def dtype_wanted(dtype: Any, supported: Sequence[Any]) -> str:
     """Say which dtypes are computed, and how to get there from this one."""
-    names = " or ".join(map(str, supported))
+    *others, last = map(str, supported)
+    names = f"{', '.join(others)} or {last}"
     if dtype.kind == "f" and not dtype.isnative:
         return f"{names} in the byte order of this machine: astype(dtype.newbyteorder('=')) converts"
     return names
