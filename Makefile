@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
 # Nothing from outside may shadow what is tested.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-gpu build lint types bench wheel sdist sanitize clean
+.PHONY: demo test test-gpu bench-gpu build lint types bench wheel sdist sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -25,11 +25,15 @@ test: $(VENV)/ready
 build: $(VENV)/ready-dev
 	$(BIN)/python setup.py build_ext --inplace
 
-# With the Python and packages that are there (CuPy, NVRTC, Cython, setuptools, pytest, hypothesis, ml_dtypes): nothing
-# is downloaded. The record goes to benchmarks/results/.
+# On a GPU, with the Python and packages that are there (CuPy, NVRTC, Cython, setuptools; pytest, hypothesis, ml_dtypes;
+# torch, torchvision): nothing is downloaded. The records go to benchmarks/results/.
 test-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	DCN_NP_TEST_GPU=1 PYTHONPATH=$(CURDIR) $(PYTHON) -m pytest -p no:cacheprovider -W default tests/gpu
+
+bench-gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py
 
 lint: $(VENV)/ready-dev
 	tools/lint.sh $(BIN)

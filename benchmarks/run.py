@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import goals
@@ -24,21 +22,11 @@ import memory
 import peers
 
 import dcn_np
-from dcn_np.commands import bench, bench_timing
+from dcn_np.commands import bench, bench_timing, machine
 from dcn_np.commands.bench_problems import PROBLEMS
 from dcn_np.commands.bench_timing import Implementation
 
 BUSY_SPREAD = 1.5
-
-
-def commit() -> str | None:
-    """The commit of the repository, with a + where the working tree differs; None outside of git."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 def about(found: Sequence[Implementation], missing: Mapping[str, str]) -> dict[str, Any]:
     """The environment, the commit and the versions of the peers."""
-    record = bench.environment() | {"commit": commit(), "missing": dict(missing)}
+    record = bench.environment() | {"commit": machine.commit(), "missing": dict(missing)}
     record["versions"] |= {peer.name: peer.version for peer in found}
     return record
 

@@ -86,6 +86,23 @@ def gpus() -> list[str]:
     return sorted(path for path in glob.glob("/dev/nvidia*") if re.fullmatch(r"/dev/nvidia\d+", path))
 
 
+def gpu() -> dict[str, str]:
+    """The first GPU's name, driver and memory, as nvidia-smi tells them; "unknown" without it."""
+    entries = [entry.split(", ") for entry in gpus()]
+    fields = next((entry for entry in entries if len(entry) == 3), ["unknown"] * 3)
+    return dict(zip(("device", "driver", "memory"), fields, strict=True))
+
+
+def commit() -> str | None:
+    """The commit that this package lies in, with a + where the working tree differs; None outside of git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    try:
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
 def nvrtc() -> dict[str, str | None]:
     """Version and file of the compiler of GPU kernels; None where it is not."""
     try:

@@ -8,7 +8,6 @@ import datetime
 import json
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import emulated_gpu
@@ -68,24 +67,15 @@ def record():
     return measured
 
 
-def commit():
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() or None
-
-
 def pytest_sessionfinish(session, exitstatus):
     if EMULATED or not outcomes:
         return
-    device, driver, memory = (machine.gpus() or ["unknown, unknown, unknown"])[0].split(", ")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     content = {
         "command": "make test-gpu",
         "date": today,
-        "device": device,
-        "driver": driver,
-        "memory": memory,
-        "commit": commit(),
+        **machine.gpu(),
+        "commit": machine.commit(),
         "python": platform.python_version(),
         "versions": {"dcn_np": dcn_np.__version__, "numpy": np.__version__, **machine.optional_packages()},
         "nvrtc": machine.nvrtc()["version"],
@@ -93,7 +83,7 @@ def pytest_sessionfinish(session, exitstatus):
         "tests": {name: dict(counts) for name, counts in sorted(outcomes.items())},
         "measured": measured,
     }
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", content["device"].lower()).strip("-")
     path = ROOT / "benchmarks" / "results" / f"test-gpu-{name}-{today}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n")
