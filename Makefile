@@ -33,7 +33,7 @@ test-gpu:
 
 bench-gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py $(OPTIONS)
 
 lint: $(VENV)/ready-dev
 	tools/lint.sh $(BIN)

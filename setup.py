@@ -81,8 +81,8 @@ def libraries(flags):
     ]  # fmt: skip
 
 
-def extension(flags, link_flags):
-    """Describe the one extension module; it relinks when anything in the libraries changed."""
+def extensions(flags, link_flags):
+    """Describe the extension modules; the engine's relinks when anything in the libraries changed."""
     from Cython.Build import cythonize
 
     native = Extension(
@@ -95,10 +95,18 @@ def extension(flags, link_flags):
         extra_link_args=[*link_flags, OPENMP],
         py_limited_api=True,
     )
-    (native,) = cythonize([native], build_dir="build/cython", language_level=3)
+    dlpack = Extension(
+        "dcn_np._dlpack",
+        ["dcn_np/_dlpack.pyx"],
+        define_macros=[("Py_LIMITED_API", LIMITED_API)],
+        extra_compile_args=[flag for flag in flags if flag != "-std=c++17"],
+        extra_link_args=link_flags,
+        py_limited_api=True,
+    )
+    native, dlpack = cythonize([native, dlpack], build_dir="build/cython", language_level=3)
     # Afterwards, because cythonize would copy what an extension depends on into its build_dir.
     native.depends = ["setup.py", *glob("src/**/*.?pp", recursive=True), *glob("dcn_np/kernels/*.hpp")]
-    return [native]
+    return [native, dlpack]
 
 
 class BuildExtension(build_ext):
@@ -129,7 +137,7 @@ if __name__ == "__main__":
     compile_flags, link_flags = build_flags()
     setup(
         libraries=libraries(compile_flags),
-        ext_modules=extension(compile_flags, link_flags),
+        ext_modules=extensions(compile_flags, link_flags),
         cmdclass={"build_clib": BuildLibraries, "build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp311"}},
     )

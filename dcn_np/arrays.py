@@ -1,22 +1,26 @@
-"""Arrays in, the caller's kind of array out: NumPy's on a CPU, CuPy's on a GPU.
+"""Any array in, the caller's kind of array out, over the same memory.
 
-Which shapes, dtypes and numbers fit together is decided in geometry.py; here, only what counts as an array.
-CuPy is never imported: who has an array of its kind has done so.
+NumPy's and CuPy's arrays are what the backends compute on. An array of another library comes in through
+DLPack, and results leave the same way; whatever else has a buffer is read as NumPy would, and gives NumPy's
+arrays. Which shapes, dtypes and numbers fit together is decided in geometry.py.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy
 
+from . import _dlpack
 from .messages import shown
 
-# numpy.ndarray or cupy.ndarray; CuPy has no types, and need not be there.
+# An array of any library: there is no type for that.
 Array: TypeAlias = Any
 
-_WANTED = "a numpy.ndarray or a cupy.ndarray"
+_WANTED = "a numpy.ndarray, or an array of another library with __dlpack__"
 
 _MMCV_ORDER = (
     ". A number belongs to stride, padding or dilation: mmcv's deform_conv2d(x, offset, weight, stride, "
@@ -25,37 +29,99 @@ _MMCV_ORDER = (
 )
 _NO_MASK = ". Without a mask, call deform_conv(x, offset, weight, ...)"
 
+# DLPack's device types: memory that a CPU reads, and a GPU's.
+_HOST = {1, 3}
+_CUDA = {2, 13}
 
-def array(name: str, value: Any) -> Array:
-    """Return a required argument as a plain array over the same memory.
+# How a library takes what has __dlpack__, by the module that its arrays are of: a module and a function
+# there. Others have `from_dlpack` at the top, or in the namespace that the array itself names.
+_IMPORTERS = {
+    "jax": ("jax.dlpack", "from_dlpack"),
+    "jaxlib": ("jax.dlpack", "from_dlpack"),
+    "tensorflow": ("tensorflow.experimental.dlpack", "from_dlpack"),
+    "paddle": ("paddle.utils.dlpack", "from_dlpack"),
+}
+# These want the capsule itself.
+_TAKES_CAPSULES = {"tensorflow", "paddle"}
 
-    Subclasses such as numpy.memmap are taken for the memory they are; results are plain arrays. A masked
-    array is refused, since its mask would be lost without a word.
+
+@dataclass(frozen=True)
+class Kind:
+    """The library and the device that all arrays of a call are of.
+
+    Attributes
+    ----------
+    library : str
+        The module that the arrays come from: "numpy", "cupy", "torch", ...
+    sample : array or None
+        One of them, where the library is neither NumPy nor CuPy.
     """
-    return value if type(value) is numpy.ndarray else _viewed(name, value, _WANTED)
+
+    library: str
+    sample: Any = None
+
+    def take(self, name: str, value: Any) -> Array:
+        """Return a required argument as an array of NumPy or CuPy over the same memory.
+
+        Subclasses such as numpy.memmap are taken for the memory they are. A masked array is refused, since
+        its mask would be lost without a word.
+        """
+        return value if type(value) is numpy.ndarray else _viewed(name, value, _WANTED)
+
+    def take_optional(self, name: str, value: Any) -> Array | None:
+        """Return the same of an argument that may be None."""
+        if value is None or type(value) is numpy.ndarray:
+            return value
+        return _viewed(name, value, f"{_WANTED}, or None")
+
+    def give(self, result: Array | None) -> Array | None:
+        """Return a result as an array of this kind, over the same memory."""
+        if result is None or self.sample is None:
+            return result
+        exported = result
+        if isinstance(result, numpy.ndarray):
+            is_bfloat16 = result.dtype.name == "bfloat16"
+            exported = _dlpack.Exported(result.view(numpy.uint16) if is_bfloat16 else result, is_bfloat16)
+        return _importer(self.library, self.sample)(exported)
 
 
-def optional_array(name: str, value: Any) -> Array | None:
-    """Return an argument that may be None as a plain array over the same memory, or None."""
-    if value is None or type(value) is numpy.ndarray:
-        return value
-    return _viewed(name, value, f"{_WANTED}, or None")
+_NUMPY = Kind("numpy")
 
 
-def place_of(array: Array) -> str:
-    """Say where an array is, and of which kind: equal for arrays that can be computed on together."""
-    if isinstance(array, numpy.ndarray):
-        return "a numpy.ndarray"
-    return f"a cupy.ndarray on CUDA device {array.device.id}"
+def kind_of(**arrays: Any) -> Kind:
+    """Return the kind of all arrays of a call; None and what is no array are left out.
+
+    Raises
+    ------
+    ValueError
+        They are not all of one library, or not all on one device.
+    """
+    if all(value is None or type(value) is numpy.ndarray for value in arrays.values()):
+        return _NUMPY
+    places = {name: place for name, value in arrays.items() if (place := _place_of(value)) is not None}
+    for name, place in places.items():
+        first_name, first = next(iter(places.items()))
+        if place != first:
+            raise ValueError(
+                f"{name} is {place}, but {first_name} is {first}; wanted all arrays of one library and on "
+                "one device"
+            )
+    for value in arrays.values():
+        if _is_foreign(value):
+            return Kind(_library_of(value), value)
+    return _NUMPY
 
 
-def _viewed(name: str, value: Any, wanted: str) -> Array:
-    if isinstance(value, numpy.ndarray) and not isinstance(value, numpy.ma.MaskedArray):
-        return value.view(numpy.ndarray)
+def _place_of(value: Any) -> str | None:
+    """Say of which library and where an array is: equal for arrays that can be computed on together."""
     if _is_of_cupy(value):
-        _check_alignment(name, value)
-        return value
-    raise TypeError(f"{name} is {shown(value)}; wanted {wanted}{_hint(name, value)}")
+        return f"a cupy.ndarray on CUDA device {value.device.id}"
+    if _is_foreign(value):
+        device_type, number = _device_of(value)
+        where = "the CPU" if device_type in _HOST else f"CUDA device {number}"
+        where = where if device_type in _HOST | _CUDA else f"a device of DLPack's type {device_type}"
+        return f"a {_library_of(value)} array on {where}"
+    return "a numpy.ndarray" if isinstance(value, numpy.ndarray) or _has_buffer(value) else None
 
 
 def _is_of_cupy(value: Any) -> bool:
@@ -63,7 +129,144 @@ def _is_of_cupy(value: Any) -> bool:
     return cupy is not None and isinstance(value, cupy.ndarray)
 
 
-def _check_alignment(name: str, value: Any) -> None:
+def _is_foreign(value: Any) -> bool:
+    """Tell whether a value is an array of a library that is neither NumPy nor CuPy."""
+    if isinstance(value, numpy.ndarray | numpy.generic) or _is_of_cupy(value):
+        return False
+    return hasattr(type(value), "__dlpack__") and hasattr(type(value), "__dlpack_device__")
+
+
+def _library_of(value: Any) -> str:
+    return type(value).__module__.partition(".")[0]
+
+
+def _device_of(value: Any) -> tuple[int, int]:
+    """Return type and number of the device that an array says it is on; (0, 0) where that fails."""
+    try:
+        device_type, number = value.__dlpack_device__()
+        return int(device_type), int(number)
+    except Exception:  # whatever another library raises: taking the array says what is wrong
+        return 0, 0
+
+
+def _has_buffer(value: Any) -> bool:
+    if isinstance(value, bytes | str | numpy.generic):
+        return False
+    try:
+        memoryview(value).release()
+    except TypeError:
+        return False
+    return True
+
+
+def _viewed(name: str, value: Any, wanted: str) -> Array:
+    if isinstance(value, numpy.ndarray) and not isinstance(value, numpy.ma.MaskedArray):
+        return value.view(numpy.ndarray)
+    if _is_of_cupy(value):
+        return _aligned_on_gpu(name, value)
+    if _is_foreign(value):
+        return _from_dlpack(name, value)
+    if not isinstance(value, numpy.ndarray) and _has_buffer(value):
+        return numpy.asarray(memoryview(value))
+    raise TypeError(f"{name} is {shown(value)}; wanted {wanted}{_hint(name, value)}")
+
+
+def _from_dlpack(name: str, value: Any) -> Array:
+    """Return the memory of another library's array."""
+    device_type, _ = _device_of(value)
+    if device_type not in _HOST | _CUDA:
+        raise TypeError(
+            f"{name} is {shown(value)} on a device of DLPack's type {device_type}; wanted an array on the "
+            "CPU or a CUDA device"
+        )
+    _importer(_library_of(value), value)
+    value = _without_gradient(name, value)
+    if device_type in _CUDA:
+        cupy = _cupy(name)
+        return _aligned_on_gpu(name, _asked(name, value, cupy.from_dlpack))
+    return _asked(name, value, _on_cpu)
+
+
+def _asked(name: str, value: Any, take: Any) -> Array:
+    """Call a function that takes another library's array, and name the argument in what it raises."""
+    try:
+        return take(value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Of the kinds that the caller expects of a bad argument, whatever the other library raises.
+        raise TypeError(f"{name} is {shown(value)}, which cannot be read through DLPack: {error}") from error
+
+
+def _on_cpu(value: Any) -> numpy.ndarray[Any, Any]:
+    try:
+        capsule = value.__dlpack__(max_version=(1, 0))
+    except TypeError:  # from before there were versions
+        capsule = value.__dlpack__()
+    memory = _dlpack.memory_of(capsule)
+    array = numpy.asarray(memory)
+    return array.view(_bfloat16()) if memory.is_bfloat16 else array
+
+
+def _bfloat16() -> Any:
+    try:
+        return importlib.import_module("ml_dtypes").bfloat16
+    except ImportError:
+        raise TypeError("bfloat16 needs a package: pip install ml_dtypes") from None
+
+
+def _cupy(name: str) -> Any:
+    try:
+        return importlib.import_module("cupy")
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is on a CUDA device, where CuPy computes: pip install 'dcn_np[cuda13]' (or [cuda12])"
+        ) from error
+
+
+def _without_gradient(name: str, value: Any) -> Any:
+    """Return a tensor of torch without its gradient, or refuse it where it would be missed."""
+    if not getattr(value, "requires_grad", False):
+        return value
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.is_grad_enabled():
+        raise TypeError(
+            f"{name} is a torch.Tensor that requires a gradient, which this function does not record; "
+            "dcn_np.torch has the same functions with gradients, and under torch.no_grad() or with "
+            f"{name}.detach() this one computes the value"
+        )
+    return value.detach()
+
+
+def _importer(library: str, sample: Any) -> Any:
+    """Return the function by which a library takes a result.
+
+    Raises
+    ------
+    TypeError
+        It has none.
+    """
+    module, function = _IMPORTERS.get(library, (library, "from_dlpack"))
+    found = getattr(sys.modules.get(module) or _imported(module), function, None)
+    if found is None and hasattr(sample, "__array_namespace__"):
+        found = getattr(sample.__array_namespace__(), "from_dlpack", None)
+    if found is None:
+        raise TypeError(
+            f"an array of {library} can be read through DLPack, but {library} has no from_dlpack for the "
+            "result: convert with numpy.from_dlpack"
+        )
+    take = found
+    return (lambda exported: take(exported.__dlpack__())) if library in _TAKES_CAPSULES else take
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        return None
+
+
+def _aligned_on_gpu(name: str, value: Any) -> Any:
     """Refuse what a GPU would stop at: a read across the borders of an element."""
     size = value.dtype.itemsize
     steps = [stride for stride, extent in zip(value.strides, value.shape, strict=True) if extent > 1]
@@ -72,6 +275,7 @@ def _check_alignment(name: str, value: Any) -> None:
             f"{name} lies at address {value.data.ptr:#x} with strides of {value.strides} bytes; wanted "
             f"multiples of {size}, the size of {value.dtype}: {name}.copy() has them"
         )
+    return value
 
 
 def _hint(name: str, value: Any) -> str:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy
 
-from .arrays import place_of
-
 if TYPE_CHECKING:
     from .geometry import Geometry
 
@@ -79,28 +77,18 @@ class Backend(Protocol):
         """Return the gradients named in `needs`, each in its input's memory order."""
 
 
-def backend_of(**arrays: Any) -> Backend:
-    """Return the backend that computes on these arrays: name=array, those that are None left out.
+def backend_of(array: Any) -> Backend:
+    """Return the backend that computes on an array of NumPy or CuPy.
 
     Raises
     ------
-    ValueError
-        They are not all of one library, or not all on one device.
     ImportError
         The backend needs what is not installed.
     """
     from . import cpu
 
-    given = [(name, array) for name, array in arrays.items() if array is not None]
-    first_name, first = given[0]
-    if all(type(array) is numpy.ndarray for _, array in given):
+    if isinstance(array, numpy.ndarray):
         return cast(Backend, cpu)
-    for name, array in given[1:]:
-        if place_of(array) != place_of(first):
-            raise ValueError(
-                f"{name} is {place_of(array)}, but {first_name} is {place_of(first)}; wanted all arrays of "
-                "one library and on one device"
-            )
     from . import cuda
 
     return cast(Backend, cuda)

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from .arrays import Array, array, optional_array
+from .arrays import Array, kind_of
 from .backends import Gradients, backend_of
 from .geometry import (
     Geometry,
@@ -344,23 +344,23 @@ def modulated_deform_conv(
     array([[[[0.  , 3.  , 3.5 ],
              [0.  , 2.25, 2.5 ]]]])
     """
-    x, weight = array("x", x), array("weight", weight)
+    kind = kind_of(x=x, offset=offset, mask=mask, weight=weight, bias=bias, out=out)
+    x, weight = kind.take("x", x), kind.take("weight", weight)
     offset, mask, bias = (
-        optional_array("offset", offset),
-        optional_array("mask", mask),
-        optional_array("bias", bias),
+        kind.take_optional("offset", offset),
+        kind.take_optional("mask", mask),
+        kind.take_optional("bias", bias),
     )
-    backend = backend_of(x=x, offset=offset, mask=mask, weight=weight, bias=bias)
+    backend = backend_of(x)
     geometry = Geometry.of(
         backend.dtypes(), x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups
     )
     matmul = _float32_matmul if float32_matmul is None else checked_float32_matmul(float32_matmul)
-    destination = optional_array("out", out)
+    destination = kind.take_optional("out", out)
     if destination is not None:
-        backend_of(x=x, out=destination)
         check_out(geometry, backend.may_share_memory, destination, x, offset, mask, weight, bias)
     result = backend.deform_conv(geometry, x, offset, mask, weight, bias, destination, matmul)
-    return result if out is None else out
+    return kind.give(result) if out is None else out
 
 
 @_documented
@@ -429,18 +429,21 @@ def modulated_deform_conv_backward(
     """
     needs = checked_needs(needs, Gradients._fields)
     deterministic = checked_deterministic(deterministic)
-    grad_output, x, weight = array("grad_output", grad_output), array("x", x), array("weight", weight)
-    offset, mask = optional_array("offset", offset), optional_array("mask", mask)
-    backend = backend_of(x=x, offset=offset, mask=mask, weight=weight, grad_output=grad_output)
+    kind = kind_of(x=x, offset=offset, mask=mask, weight=weight, grad_output=grad_output)
+    grad_output, x = kind.take("grad_output", grad_output), kind.take("x", x)
+    weight = kind.take("weight", weight)
+    offset, mask = kind.take_optional("offset", offset), kind.take_optional("mask", mask)
+    backend = backend_of(x)
     geometry = Geometry.of(
         backend.dtypes(), x, offset, mask, weight, None, stride, padding, dilation, groups, offset_groups
     )
     check_grad_output(geometry, grad_output)
     matmul = _float32_matmul if float32_matmul is None else checked_float32_matmul(float32_matmul)
     missing = [name for name, given in (("offset", offset), ("mask", mask)) if given is None]
-    return backend.deform_conv_backward(
+    gradients = backend.deform_conv_backward(
         geometry, grad_output, x, offset, mask, weight, needs.difference(missing), deterministic, matmul
     )
+    return gradients if kind.sample is None else Gradients(*map(kind.give, gradients))
 
 
 def set_float32_matmul(value: str) -> None:

@@ -677,7 +677,7 @@ def overlapping_rows(array):
         (lambda y: y[0], ValueError, "^out has shape"),
         (lambda y: y.astype(numpy.float64), TypeError, "^out has dtype float64 but x has float32"),
         (lambda y: y.astype(">f4"), TypeError, "^out has dtype"),
-        (lambda y: y.tolist(), TypeError, r"^out is .*; wanted a numpy\.ndarray or a cupy\.ndarray, or None"),
+        (lambda y: y.tolist(), TypeError, r"^out is .*; wanted a numpy\.ndarray, or an array .*, or None"),
         (lambda y: numpy.ma.array(y), TypeError, "^out is "),
         (read_only, ValueError, "^out is read-only"),
         (broadcast, ValueError, "^out has strides .*share memory"),

@@ -26,7 +26,6 @@ if not BENCHMARKS.is_dir():
 sys.path.append(str(BENCHMARKS))
 
 compare = importlib.import_module("compare")
-gpu = importlib.import_module("gpu")
 goals = importlib.import_module("goals")
 memory = importlib.import_module("memory")
 peers = importlib.import_module("peers")
@@ -418,47 +417,3 @@ def test_run_measures_memory(tmp_path, capsys):
     records = json.loads(file.read_text())["memory"]
     assert [(record["shape"], record["passes"]) for record in records] == [("S9", "forward"), ("S9", "both")]
     assert all(record["growth"] < record["budget"] for record in records)
-
-
-# ---- on a GPU
-
-
-def gpu_result(mode, passes, offsets, implementation, median, channels=256):
-    shape = {"channels": channels, "height": 56, "width": 56, "batch": 32}
-    names = ("mode", "passes", "offsets", "implementation", "median", "shape")
-    return dict(zip(names, (mode, passes, offsets, implementation, median, shape), strict=True))
-
-
-def test_goals_on_a_gpu_take_the_worst_ratio():
-    ours, rival, plain = "dcn_np, channels last", "torchvision", "ordinary convolution"
-    results = [
-        *(gpu_result("float16", "forward", "local", ours, 1.0, channels) for channels in (128, 256, 512)),
-        gpu_result("float16", "forward", "local", rival, 6.0, 128),
-        gpu_result("float16", "forward", "local", rival, 2.4, 256),
-        gpu_result("float16", "forward", "local", rival, 1.6, 512),
-        gpu_result("float16", "forward", "local", plain, 0.8, 512),
-        gpu_result("tf32", "forward", "scattered", ours, 1.0),
-        gpu_result("float32", "forward", "scattered", rival, 9.0),
-        gpu_result("tf32", "forward", "scattered", rival, 2.0),
-    ]
-    verdicts = {row["what"]: (row["worst"], row["verdict"]) for row in gpu.judged(results)}
-    assert verdicts.pop("float16 forward to torchvision, C (128, 256), local") == (2.4, "NOT MET")
-    assert verdicts.pop("float16 forward to torchvision, C (512,), local") == (1.6, "met")
-    to_plain = verdicts.pop("float16 forward to ordinary convolution, C (128, 256, 512), local")
-    assert to_plain == (1.25, "goal met")
-    assert verdicts.pop("TF32 forward to torchvision, C (128, 256, 512), scattered") == (9.0, "goal met")
-    assert set(verdicts.values()) == {(None, "not measured")}
-
-
-def test_the_benchmark_on_a_gpu_in_rehearsal(tmp_path, monkeypatch):
-    """On the CPU, beside torchvision, where both are there."""
-    pytest.importorskip("torchvision")
-    file = tmp_path / "now.json"
-    words = ["--device", "cpu", "--modes", "float32", "--passes", "both", "--rounds", "1"]
-    assert gpu.main([*words, "--json", str(file)]) == 0
-    record = json.loads(file.read_text())
-    assert record["rehearsal"]
-    assert {row["implementation"] for row in record["results"]} >= {"dcn_np", "torchvision"}
-    monkeypatch.setattr(gpu, "relative_error", lambda device, got, want: 1.0)
-    with pytest.raises(SystemExit, match="wrong, so nothing is timed"):
-        gpu.main([*words, "--json", str(file)])

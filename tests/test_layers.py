@@ -23,10 +23,10 @@ SOURCES = ROOT / "src"
 MAY_IMPORT = {
     "dcn_np": {"backends", "cpu", "deform_conv", "threads"},
     "deform_conv": {"arrays", "backends", "geometry"},
-    "arrays": {"messages"},
+    "arrays": {"_dlpack", "messages"},
     "geometry": {"messages"},
     "messages": set(),
-    "backends": {"arrays", "cpu", "cuda"},
+    "backends": {"cpu", "cuda"},
     "cpu": {"backends", "cpu._native", "geometry", "threads"},
     "cuda": {"backends", "cuda.device", "cuda.engine", "geometry"},
     "cuda.device": {"cuda.launching", "cuda.modules"},

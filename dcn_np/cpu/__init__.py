@@ -93,7 +93,7 @@ def deform_conv(
 ) -> Any:
     """Compute the forward pass; a CPU is always strict about float32."""
     if out is None:
-        out = numpy.empty_like(x, shape=geometry.output_shape)
+        out = _empty_like(x, geometry.output_shape)
     result = _flat_place(out)
     _native.deform_conv(
         *_how(geometry),
@@ -120,11 +120,11 @@ def deform_conv_backward(
 ) -> Gradients:
     """Compute the gradients in `needs`; a CPU is always deterministic and strict."""
     asked = Gradients(
-        numpy.empty_like(x) if "x" in needs else None,
-        numpy.empty_like(offset) if "offset" in needs else None,
-        numpy.empty_like(mask) if "mask" in needs else None,
-        numpy.empty_like(weight) if "weight" in needs else None,
-        numpy.empty(geometry.out_channels, geometry.dtype) if "bias" in needs else None,
+        _empty_like(x, x.shape) if "x" in needs else None,
+        _empty_like(offset, offset.shape) if "offset" in needs else None,
+        _empty_like(mask, mask.shape) if "mask" in needs else None,
+        _empty_like(weight, weight.shape) if "weight" in needs else None,
+        _empty_like(weight, (geometry.out_channels,)) if "bias" in needs else None,
     )
     computed = Gradients(
         asked.x,
@@ -147,6 +147,20 @@ def deform_conv_backward(
         computed.bias,
     )
     return Gradients(*map(_copied, computed, asked))
+
+
+_ALIGNMENT = 64  # of a line of cache, and what jax asks for before it takes an array without a copy
+
+
+def _empty_like(array: Any, shape: tuple[int, ...]) -> Any:
+    """Return a new array with the dtype and memory order of another, aligned."""
+    like = numpy.empty_like(array, shape=shape)
+    start = like.__array_interface__["data"][0]
+    if start % _ALIGNMENT == 0:
+        return like
+    raw = numpy.empty(like.nbytes + _ALIGNMENT, numpy.uint8)
+    start = -raw.__array_interface__["data"][0] % _ALIGNMENT
+    return numpy.ndarray(shape, like.dtype, raw, start, like.strides)
 
 
 def _isa() -> int:
