@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "cuda.launching": {"geometry"},
     "cuda.modules": {"cuda.nvrtc"},
     "cuda.nvrtc": set(),
+    "checkpoints": {"messages"},
+    "pth": {"messages"},
     "cgroup": set(),
     "threads": {"cgroup", "cpu._native"},
     "reference": set(),
@@ -42,7 +44,7 @@ MAY_IMPORT = {
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
-MAY_ALSO_REQUIRE = {"cuda": {"ml_dtypes"}, "cuda.device": {"cupy"}}
+MAY_ALSO_REQUIRE = {"cuda": {"ml_dtypes"}, "cuda.device": {"cupy"}, "pth": {"ml_dtypes"}}
 
 
 def python_modules():
