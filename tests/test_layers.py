@@ -36,6 +36,8 @@ MAY_IMPORT = {
     "cuda.modules": {"cuda.nvrtc"},
     "cuda.tuning": {"cuda.launching", "cuda.modules", "geometry"},
     "cuda.nvrtc": set(),
+    "checkpoints": {"messages"},
+    "pth": {"messages"},
     "cgroup": set(),
     "threads": {"cgroup", "cpu._native"},
     "reference": set(),
@@ -43,7 +45,7 @@ MAY_IMPORT = {
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
-MAY_ALSO_REQUIRE = {"cuda": {"ml_dtypes"}, "cuda.device": {"cupy"}}
+MAY_ALSO_REQUIRE = {"cuda": {"ml_dtypes"}, "cuda.device": {"cupy"}, "pth": {"ml_dtypes"}}
 
 
 def python_modules():
