@@ -5,14 +5,14 @@ BIN = $(VENV)/bin
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-SOURCES = setup.py pyproject.toml $(wildcard src/*.?pp src/isa/*.cpp dcn_np/kernels/*.hpp dcn_np/cpu/*.pyx)
+SOURCES = setup.py pyproject.toml $(wildcard src/*.?pp src/isa/*.cpp dcn_np/kernels/*.hpp dcn_np/*.pyx dcn_np/cpu/*.pyx)
 TESTS =
 PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # Nothing from outside may shadow what is tested.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-gpu bench-gpu build lint types bench wheel sdist sanitize clean
+.PHONY: demo test test-gpu bench-gpu test-frameworks build lint types bench wheel sdist sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -24,6 +24,12 @@ test: $(VENV)/ready
 # The extension alone, compiling what changed.
 build: $(VENV)/ready-dev
 	$(BIN)/python setup.py build_ext --inplace
+
+# What needs a framework, in an environment of its own.
+TORCH = torch==2.13.0
+test-frameworks: .venv-torch/ready
+	DCN_NP_TEST_FRAMEWORKS=1 .venv-torch/bin/python -m pytest -W default \
+		tests/frameworks tests/test_pth.py tests/test_checkpoints.py tests/test_benchmarks_gpu.py $(TESTS)
 
 # On a GPU, with the Python and packages that are there (CuPy, NVRTC, Cython, setuptools; pytest, hypothesis, ml_dtypes;
 # torch, torchvision): nothing is downloaded. The records go to benchmarks/results/.
@@ -55,6 +61,11 @@ sanitize: $(VENV)/ready-dev
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dcn_np/cpu/*.so
+
+.venv-torch/ready: $(SOURCES)
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[test]'
+	@touch $@
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one: make PYTHON=..." >&2; exit 1; }

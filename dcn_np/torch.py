@@ -1,0 +1,568 @@
+"""Deformable convolution for PyTorch: operators for autograd, torch.compile and torch.export, and modules.
+
+The computation is `dcn_np.modulated_deform_conv` over the tensors' own memory, on the CPU or a CUDA device.
+`replace_convs` makes the network of the DCNv2 paper from an ordinary one, and `parameter_groups` gives the
+branches that make offsets and masks the learning rate of their own that the paper trains them with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+
+import dcn_np
+
+__all__ = [
+    "DeformConv1d",
+    "DeformConv2d",
+    "DeformConv3d",
+    "ModulatedDeformConv1d",
+    "ModulatedDeformConv2d",
+    "ModulatedDeformConv3d",
+    "deform_conv",
+    "deform_conv2d",
+    "modulated_deform_conv",
+    "parameter_groups",
+    "replace_convs",
+]
+
+_INPUTS = ("x", "offset", "mask", "weight", "bias")
+
+# ---- operators; `padding` is begin and end of each axis after the other, others have one entry per axis
+
+
+@torch.library.custom_op("dcn_np::modulated_deform_conv", mutates_args=())
+def _convolve(
+    x: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    offset_groups: int,
+    float32_matmul: str,
+) -> Tensor:
+    y = dcn_np.modulated_deform_conv(
+        x.detach(),
+        _detached(offset),
+        _detached(mask),
+        weight.detach(),
+        _detached(bias),
+        stride,
+        _pairs(padding),
+        dilation,
+        groups,
+        offset_groups,
+        float32_matmul=float32_matmul,
+    )
+    return y.contiguous(memory_format=suggest_memory_format(x))
+
+
+@_convolve.register_fake
+def _(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups, float32_matmul):  # type: ignore[no-untyped-def]
+    output = [
+        (extent + begin + end - step * (kernel - 1) - 1) // jump + 1
+        for extent, kernel, jump, (begin, end), step in zip(
+            x.shape[2:], weight.shape[2:], stride, _pairs(padding), dilation, strict=True
+        )
+    ]
+    shape = (x.shape[0], weight.shape[0], *output)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+
+
+@torch.library.custom_op("dcn_np::modulated_deform_conv_backward", mutates_args=())
+def _convolve_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    offset_groups: int,
+    float32_matmul: str,
+    needs: Sequence[bool],
+    deterministic: bool,
+) -> list[Tensor]:
+    gradients = dcn_np.modulated_deform_conv_backward(
+        grad_output.detach(),
+        x.detach(),
+        _detached(offset),
+        _detached(mask),
+        weight.detach(),
+        stride,
+        _pairs(padding),
+        dilation,
+        groups,
+        offset_groups,
+        needs=[name for name, needed in zip(_INPUTS, needs, strict=True) if needed],
+        deterministic=deterministic,
+        float32_matmul=float32_matmul,
+    )
+    # An operator returns tensors: an empty one stands for None.
+    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+@_convolve_backward.register_fake
+def _(grad_output, x, offset, mask, weight, *parameters):  # type: ignore[no-untyped-def]
+    needs = parameters[-2]
+    like = (x, offset, mask, weight)
+    gradients = [
+        torch.empty_like(array) if needed and array is not None else x.new_empty(0)
+        for array, needed in zip(like, needs, strict=False)
+    ]
+    return [*gradients, x.new_empty(weight.shape[0] if needs[4] else 0)]
+
+
+def _detached(array: Tensor | None) -> Any:
+    return None if array is None else array.detach()
+
+
+def _pairs(padding: Sequence[int]) -> list[tuple[int, int]]:
+    return list(zip(padding[::2], padding[1::2], strict=True))
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offset, mask, weight, _, *ctx.parameters = inputs
+    ctx.save_for_backward(x, offset, mask, weight)
+    ctx.needs = list(ctx.needs_input_grad[:5])
+
+
+def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _convolve_backward(
+        grad_output,
+        *ctx.saved_tensors,
+        *ctx.parameters,
+        ctx.needs,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    found = [gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True)]
+    return (*found, *[None] * len(ctx.parameters))
+
+
+_convolve.register_autograd(_differentiate, setup_context=_remember)
+
+
+@_convolve.register_vmap
+def _(info, in_dims, x, offset, mask, weight, bias, *parameters):  # type: ignore[no-untyped-def]
+    arrays, dims = [x, offset, mask, weight, bias], in_dims[:5]
+    moved = [a if dim is None else a.movedim(dim, 0) for a, dim in zip(arrays, dims, strict=True)]
+    if dims[3] is None and dims[4] is None:
+        # One call with the new axis as part of the batch.
+        per_image = [
+            a if a is None else (a.expand(info.batch_size, *a.shape) if dim is None else a).flatten(0, 1)
+            for a, dim in zip(moved[:3], dims[:3], strict=True)
+        ]
+        return _convolve(*per_image, weight, bias, *parameters).unflatten(0, (info.batch_size, -1)), 0
+    return torch.stack([_convolve(*one, *parameters) for one in _one_by_one(moved, dims, info.batch_size)]), 0
+
+
+@_convolve_backward.register_vmap
+def _(info, in_dims, grad_output, x, offset, mask, weight, *parameters):  # type: ignore[no-untyped-def]
+    # The gradients of weight and bias are sums over the batch, so each entry is a call of its own.
+    arrays, dims = [grad_output, x, offset, mask, weight], in_dims[:5]
+    moved = [a if dim is None else a.movedim(dim, 0) for a, dim in zip(arrays, dims, strict=True)]
+    each = [_convolve_backward(*one, *parameters) for one in _one_by_one(moved, dims, info.batch_size)]
+    return [torch.stack(gradients) for gradients in zip(*each, strict=True)], [0] * 5
+
+
+def _one_by_one(arrays: list[Any], dims: Sequence[int | None], count: int) -> Iterable[list[Any]]:
+    for index in range(count):
+        yield [a if dim is None else a[index] for a, dim in zip(arrays, dims, strict=True)]
+
+
+# ---- functions
+
+
+def deform_conv(
+    x: Tensor,
+    offset: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int | tuple[int, int]] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    offset_groups: int = 1,
+    *,
+    float32_matmul: str | None = None,
+) -> Tensor:
+    """Convolve where the offsets say (DCNv1), differentiably.
+
+    Parameters, result and errors are those of `dcn_np.deform_conv`, for tensors. Under autocast `x`, `weight`
+    and `bias` are cast to the dtype of autocast, and `offset` to float32.
+
+    Parameters
+    ----------
+    x, offset, weight, bias : Tensor or None
+        As there.
+    stride, padding, dilation, groups, offset_groups
+        As there.
+    float32_matmul : {"strict", "tf32"} or None
+        As there.
+
+    Returns
+    -------
+    Tensor
+        Shape (batch, out_channels, *output), contiguous or channels-last as `x` is.
+
+    See Also
+    --------
+    modulated_deform_conv : The same with masks.
+    """
+    return modulated_deform_conv(
+        x,
+        offset,
+        None,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        offset_groups,
+        float32_matmul=float32_matmul,
+    )
+
+
+def modulated_deform_conv(
+    x: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int | tuple[int, int]] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    offset_groups: int = 1,
+    *,
+    float32_matmul: str | None = None,
+) -> Tensor:
+    """Convolve where the offsets say, each tap scaled by a mask (DCNv2), differentiably.
+
+    Parameters, result and errors are those of `dcn_np.modulated_deform_conv`, for tensors. Under autocast
+    `x`, `weight` and `bias` are cast to the dtype of autocast, `offset` and `mask` to float32. On a GPU the
+    gradient of `x` has the same bits in every run with ``torch.use_deterministic_algorithms(True)``. The
+    gradients themselves cannot be differentiated.
+
+    Parameters
+    ----------
+    x, offset, mask, weight, bias : Tensor or None
+        As there.
+    stride, padding, dilation, groups, offset_groups
+        As there.
+    float32_matmul : {"strict", "tf32"} or None
+        As there.
+
+    Returns
+    -------
+    Tensor
+        Shape (batch, out_channels, *output), contiguous or channels-last as `x` is.
+
+    See Also
+    --------
+    deform_conv2d : The same with torchvision's signature.
+    """
+    ndim = x.ndim - 2
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        offset, mask = (None if array is None else array.float() for array in (offset, mask))
+    arguments = (x, offset, mask, weight, bias, _per_axis(stride, ndim), _flat(padding, ndim))
+    matmul = dcn_np.get_float32_matmul() if float32_matmul is None else float32_matmul
+    y: Tensor = _convolve(*arguments, _per_axis(dilation, ndim), groups, offset_groups, matmul)
+    return y
+
+
+def _per_axis(value: int | Sequence[int], ndim: int) -> list[int]:
+    return [value] * ndim if isinstance(value, int) else list(value)
+
+
+def _flat(padding: int | Sequence[int | tuple[int, int]], ndim: int) -> list[int]:
+    axes = [padding] * ndim if isinstance(padding, int) else padding
+    pairs = [(axis, axis) if isinstance(axis, int) else tuple(axis) for axis in axes]
+    return [int(number) for pair in pairs for number in pair]
+
+
+def deform_conv2d(
+    input: Tensor,  # noqa: A002 - torchvision's name
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = (1, 1),
+    padding: int | tuple[int, int] = (0, 0),
+    dilation: int | tuple[int, int] = (1, 1),
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Take the place of ``torchvision.ops.deform_conv2d``: the same arguments, the same numbers.
+
+    The groups follow from the shapes, as there. For a NaN offset, and beside infinite pixels, the results
+    differ: docs/semantics.md says how.
+
+    Parameters
+    ----------
+    input : Tensor
+        Shape (batch, in_channels, height, width).
+    offset : Tensor
+        Shape (batch, 2 * offset_groups * kernel_height * kernel_width, out_height, out_width): (y, x) of each
+        tap.
+    weight : Tensor
+        Shape (out_channels, in_channels / groups, kernel_height, kernel_width).
+    bias : Tensor or None
+        Shape (out_channels,).
+    stride, padding, dilation : int or (int, int)
+        Of height and width.
+    mask : Tensor or None
+        Shape (batch, offset_groups * kernel_height * kernel_width, out_height, out_width).
+
+    Returns
+    -------
+    Tensor
+        Shape (batch, out_channels, out_height, out_width).
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+    """
+    per_group = 2 * weight.shape[-2] * weight.shape[-1]
+    if offset.ndim != 4 or offset.shape[1] % per_group or not offset.shape[1]:
+        raise ValueError(
+            f"offset has shape {tuple(offset.shape)}; wanted (batch, a multiple of 2*{weight.shape[-2]}*"
+            f"{weight.shape[-1]} = {per_group}, height, width)"
+        )
+    if input.ndim != 4 or not weight.shape[1] or input.shape[1] % weight.shape[1]:
+        raise ValueError(
+            f"input has shape {tuple(input.shape)} and weight {tuple(weight.shape)}; wanted axis 1 of input "
+            "to be a multiple of that of weight"
+        )
+    groups, offset_groups = input.shape[1] // weight.shape[1], offset.shape[1] // per_group
+    return modulated_deform_conv(
+        input, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups
+    )
+
+
+# ---- modules
+
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_ACTIVATIONS = {"sigmoid": 1.0, "2*sigmoid": 2.0}
+
+
+class _DeformConv(nn.Module):
+    """A deformable convolution with the branch that makes its offsets and masks.
+
+    The branch is one ordinary convolution of the same kernel, stride, padding and dilation, zero-initialised:
+    at first every tap is on the rigid grid.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Channels.
+    kernel_size, stride, padding, dilation : int or sequence of int
+        Per spatial axis.
+    groups, offset_groups : int
+        Of the convolution; of offsets and masks.
+    bias : bool
+        Whether the result has a bias; the branch always has one.
+    mask_activation : {"sigmoid", "2*sigmoid"}
+        What the masks go through: 0.5 at first, as in the paper, or 1, as in the authors' code. Modulated
+        modules only.
+    """
+
+    ndim: int
+    modulated: bool
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        offset_groups: int = 1,
+        bias: bool = True,
+        mask_activation: str = "sigmoid",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if mask_activation not in _ACTIVATIONS:
+            raise ValueError(f"mask_activation is {mask_activation!r}; wanted one of {sorted(_ACTIVATIONS)}")
+        kernel, self.stride, self.padding, self.dilation = (
+            tuple(_per_axis(value, self.ndim)) for value in (kernel_size, stride, padding, dilation)
+        )
+        self.groups, self.offset_groups, self.mask_activation = groups, offset_groups, mask_activation
+        made = {"device": device, "dtype": dtype}
+        window = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
+        like = _CONVS[self.ndim](
+            in_channels, out_channels, kernel, groups=groups, bias=bias, **window, **made
+        )
+        self.weight, self.bias = like.weight, like.bias
+        self.taps = math.prod(kernel)
+        channels = offset_groups * self.taps * (self.ndim + self.modulated)
+        self.conv_offset = _CONVS[self.ndim](in_channels, channels, kernel, **window, **made)
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Make offsets and masks from `x` and convolve it with them."""
+        offset, mask = self.conv_offset(x), None
+        if self.modulated:
+            offsets = self.offset_groups * self.taps * self.ndim
+            offset, mask = offset[:, :offsets], torch.sigmoid(offset[:, offsets:])
+            if self.mask_activation != "sigmoid":
+                mask = mask * _ACTIVATIONS[self.mask_activation]
+        return modulated_deform_conv(
+            x,
+            offset,
+            mask,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.offset_groups,
+        )
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows beside the branch."""
+        return (
+            f"{self.weight.shape[1] * self.groups}, {self.weight.shape[0]}, "
+            f"kernel_size={tuple(self.weight.shape[2:])}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}, groups={self.groups}, offset_groups={self.offset_groups}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class DeformConv1d(_DeformConv):
+    __doc__, ndim, modulated = _DeformConv.__doc__, 1, False
+
+
+class DeformConv2d(_DeformConv):
+    __doc__, ndim, modulated = _DeformConv.__doc__, 2, False
+
+
+class DeformConv3d(_DeformConv):
+    __doc__, ndim, modulated = _DeformConv.__doc__, 3, False
+
+
+class ModulatedDeformConv1d(_DeformConv):
+    __doc__, ndim, modulated = _DeformConv.__doc__, 1, True
+
+
+class ModulatedDeformConv2d(_DeformConv):
+    __doc__, ndim, modulated = _DeformConv.__doc__, 2, True
+
+
+class ModulatedDeformConv3d(_DeformConv):
+    __doc__, ndim, modulated = _DeformConv.__doc__, 3, True
+
+
+def parameter_groups(model: nn.Module, lr: float, offset_factor: float = 0.1) -> list[dict[str, Any]]:
+    """Split the parameters for an optimiser: those of the branches that make offsets and masks learn slower.
+
+    Parameters
+    ----------
+    model : Module
+        Any module.
+    lr : float
+        The learning rate of all other parameters.
+    offset_factor : float
+        What it is multiplied by for the branches; 0.1 in the papers.
+
+    Returns
+    -------
+    list of dict
+        Two groups, as in ``torch.optim.SGD(parameter_groups(model, lr=0.01), momentum=0.9)``.
+    """
+    branches = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, _DeformConv)
+        for parameter in module.conv_offset.parameters()
+    ]
+    ids = set(map(id, branches))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    return [{"params": others, "lr": lr}, {"params": branches, "lr": lr * offset_factor}]
+
+
+def replace_convs(
+    model: nn.Module,
+    stages: Sequence[str] = ("layer2", "layer3", "layer4"),
+    *,
+    offset_groups: int = 1,
+    mask_activation: str = "sigmoid",
+) -> list[str]:
+    """Turn the 3 x 3 convolutions of a network's stages into DCNv2, in place; their weights stay.
+
+    Parameters
+    ----------
+    model : Module
+        A network whose stages are children of these names, such as torchvision's ResNet or ResNeXt, where the
+        default is conv3 to conv5 of the paper.
+    stages : sequence of str
+        Names of submodules to look in.
+    offset_groups : int
+        Of the new layers.
+    mask_activation : {"sigmoid", "2*sigmoid"}
+        With "2*sigmoid" the network computes at first exactly what it did.
+
+    Returns
+    -------
+    list of str
+        The names of the layers replaced.
+
+    Raises
+    ------
+    ValueError
+        There is no such stage, or no 3 x 3 convolution in them.
+    """
+    replaced = []
+    for stage in stages:
+        try:
+            found = model.get_submodule(stage)
+        except AttributeError:
+            names = [name for name, _ in model.named_children()]
+            raise ValueError(f"stages has {stage!r}; the model's children are {names}") from None
+        for name, module in list(found.named_modules(prefix=stage)):
+            if not isinstance(module, nn.Conv2d) or module.kernel_size != (3, 3):
+                continue
+            if isinstance(module.padding, str) or module.padding_mode != "zeros":
+                raise ValueError(f"{name} has padding {module.padding!r}, mode {module.padding_mode!r}")
+            new = ModulatedDeformConv2d(
+                module.in_channels,
+                module.out_channels,
+                module.kernel_size,
+                module.stride,
+                module.padding,
+                module.dilation,
+                module.groups,
+                offset_groups,
+                module.bias is not None,
+                mask_activation,
+                module.weight.device,
+                module.weight.dtype,
+            )
+            new.weight, new.bias = module.weight, module.bias
+            new.train(module.training)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new)
+            replaced.append(name)
+    if not replaced:
+        raise ValueError(f"there is no 3 x 3 convolution in {list(stages)}")
+    return replaced
