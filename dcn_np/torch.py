@@ -8,7 +8,7 @@ branches that make offsets and masks the learning rate of their own that the pap
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 
 import dcn_np
+from dcn_np import checkpoints
 
 __all__ = [
     "DeformConv1d",
@@ -26,6 +27,7 @@ __all__ = [
     "ModulatedDeformConv3d",
     "deform_conv",
     "deform_conv2d",
+    "load_state_dict_from",
     "modulated_deform_conv",
     "parameter_groups",
     "replace_convs",
@@ -499,6 +501,76 @@ def parameter_groups(model: nn.Module, lr: float, offset_factor: float = 0.1) ->
     ids = set(map(id, branches))
     others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     return [{"params": others, "lr": lr}, {"params": branches, "lr": lr * offset_factor}]
+
+
+def load_state_dict_from(
+    module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *, library: str
+) -> None:
+    """Load one layer that another library saved into a module of this one.
+
+    Parameters
+    ----------
+    module : DeformConv2d or ModulatedDeformConv2d
+        Made with the layer's sizes. Of torchvision's layers, which have no branch, the convolution alone is
+        loaded.
+    state_dict : mapping of str to Tensor or numpy.ndarray
+        A network's, from ``torch.load`` or `dcn_np.pth.read_pth`.
+    prefix : str
+        The name of the layer in it, such as "backbone.layer2.0.conv2".
+    library : {"torchvision", "mmcv", "detectron2", "CharlesShang", "chengdazhi"}
+        Which library saved it.
+
+    Raises
+    ------
+    TypeError
+        `module` is another kind of module, or an entry is no array.
+    ValueError
+        Keys or shapes that do not fit, or a branch that the module cannot have.
+
+    See Also
+    --------
+    dcn_np.checkpoints.layer_from : The same for NumPy alone.
+    """
+    if not isinstance(module, _DeformConv):
+        raise TypeError(
+            f"module is a {type(module).__name__}; wanted a deformable convolution of dcn_np.torch"
+        )
+    arrays = {
+        key: value.detach().float().numpy() if isinstance(value, Tensor) else value
+        for key, value in state_dict.items()
+    }
+    branch = None if library == "torchvision" else module.modulated
+    found = checkpoints.layer_from(arrays, prefix, library=library, modulated=branch)
+    if found.offset_dilated is False and any(step != 1 for step in module.dilation):
+        raise ValueError(
+            f"{library} makes offsets by a convolution without dilation; wanted a module of dilation 1, not "
+            f"{module.dilation}"
+        )
+    if found.mask_activation not in (None, module.mask_activation):
+        raise ValueError(
+            f"{library}'s masks go through {found.mask_activation}; wanted a module with that "
+            f"mask_activation, not {module.mask_activation!r}"
+        )
+    named = {
+        "weight": found.weight,
+        "bias": found.bias,
+        "conv_offset.weight": found.offset_weight,
+        "conv_offset.bias": found.offset_bias,
+    }
+    given = {name: array for name, array in named.items() if array is not None}
+    parameters = dict(module.named_parameters())
+    wanted = [name for name in parameters if branch is not None or not name.startswith("conv_offset")]
+    if set(given) != set(wanted):
+        raise ValueError(f"the layer {prefix!r} has {sorted(given)}; the module wants {sorted(wanted)}")
+    for name, array in given.items():
+        if tuple(array.shape) != tuple(parameters[name].shape):
+            raise ValueError(
+                f"{name} of the layer {prefix!r} has shape {tuple(array.shape)}; the module wants "
+                f"{tuple(parameters[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, array in given.items():
+            parameters[name].copy_(torch.tensor(array))
 
 
 def replace_convs(

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "checkpoints": {"messages"},
     "pth": {"messages"},
     "cgroup": set(),
-    "torch": {"dcn_np"},
+    "torch": {"checkpoints", "dcn_np"},
     "threads": {"cgroup", "cpu._native"},
     "reference": set(),
 }

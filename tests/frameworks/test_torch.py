@@ -333,6 +333,57 @@ def test_replacing_nothing_is_an_error():
         dcn_torch.replace_convs(nn.Sequential(nn.Conv2d(3, 3, 1)), ["0"])
 
 
+# ---- layers of other libraries
+
+# By library: what follows the layer's name in the key of the branch, and whether the layer has a bias.
+SAVED = {
+    "torchvision": (None, True),
+    "mmcv": (".conv_offset", True),
+    "detectron2": ("_offset", True),
+    "CharlesShang": (".conv_offset_mask", True),
+    "chengdazhi": (".conv_offset_mask", True),
+}
+
+
+def saved(module, library, prefix="backbone.conv2"):
+    """The state dict in which a library keeps such a layer."""
+    branch = SAVED[library][0]
+    state = {f"{prefix}.weight": module.weight, f"{prefix}.bias": module.bias}
+    if branch is not None:
+        state |= {
+            f"{prefix}{branch}.{name}": getattr(module.conv_offset, name) for name in ("weight", "bias")
+        }
+    return {key: value.detach().clone() for key, value in state.items()}
+
+
+@pytest.mark.parametrize("library", SAVED)
+def test_layers_of_other_libraries_are_loaded(library):
+    layer = moved(nn.Sequential(dcn_torch.ModulatedDeformConv2d(6, 4, 3, padding=1)))[0]
+    state = saved(layer, library) | {"backbone.fc.weight": torch.zeros(3)}
+    other, x = dcn_torch.ModulatedDeformConv2d(6, 4, 3, padding=1), torch.randn(1, 6, 7, 8)
+    if library == "torchvision":
+        other.conv_offset.load_state_dict(layer.conv_offset.state_dict())
+    dcn_torch.load_state_dict_from(other, state, "backbone.conv2", library=library)
+    assert torch.equal(other(x), layer(x))
+    with pytest.raises(ValueError, match="backbone"):
+        dcn_torch.load_state_dict_from(other, state, "backbone.conv3", library=library)
+    larger = dcn_torch.ModulatedDeformConv2d(6, 8, 3)
+    with pytest.raises(ValueError, match="weight"):
+        dcn_torch.load_state_dict_from(larger, state, "backbone.conv2", library=library)
+
+
+def test_what_a_module_cannot_be():
+    state = saved(dcn_torch.ModulatedDeformConv2d(6, 4, 3), "CharlesShang")
+    dilated = dcn_torch.ModulatedDeformConv2d(6, 4, 3, dilation=2)
+    with pytest.raises(ValueError, match="without dilation"):
+        dcn_torch.load_state_dict_from(dilated, state, "backbone.conv2", library="CharlesShang")
+    doubled = dcn_torch.ModulatedDeformConv2d(6, 4, 3, mask_activation="2*sigmoid")
+    with pytest.raises(ValueError, match="go through sigmoid"):
+        dcn_torch.load_state_dict_from(doubled, state, "backbone.conv2", library="CharlesShang")
+    with pytest.raises(TypeError, match="module is a Conv2d"):
+        dcn_torch.load_state_dict_from(nn.Conv2d(6, 4, 3), state, library="mmcv")
+
+
 # ---- several processes
 
 
