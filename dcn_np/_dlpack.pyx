@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 """DLPack in and out for memory of the CPU: capsules of other libraries as buffers, our arrays as capsules.
 
-Nothing that a capsule says is believed before it is checked, and its deleter is called exactly once, also where
-it is refused. See the DLPack specification, versions 0.8 (unversioned) and 1.0.
+Nothing that a capsule says is believed before it is checked, and its deleter is called exactly once, also
+where it is refused. See the DLPack specification, versions 0.8 (unversioned) and 1.0.
 """
 
 from cpython.buffer cimport (

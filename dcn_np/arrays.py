@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy
@@ -45,6 +47,10 @@ _IMPORTERS = {
 _TAKES_CAPSULES = {"tensorflow", "paddle"}
 
 
+# Library, DLPack's type of the device, its number.
+_Place: TypeAlias = tuple[str, int, int]
+
+
 @dataclass(frozen=True)
 class Kind:
     """The library and the device that all arrays of a call are of.
@@ -53,12 +59,15 @@ class Kind:
     ----------
     library : str
         The module that the arrays come from: "numpy", "cupy", "torch", ...
-    sample : array or None
-        One of them, where the library is neither NumPy nor CuPy.
+    device_type : int
+        DLPack's number for the type of their device.
+    importer : callable or None
+        How the library takes a result; None where results are its own as they are.
     """
 
     library: str
-    sample: Any = None
+    device_type: int
+    importer: Callable[[Any], Any] | None = None
 
     def take(self, name: str, value: Any) -> Array:
         """Return a required argument as an array of NumPy or CuPy over the same memory.
@@ -66,26 +75,37 @@ class Kind:
         Subclasses such as numpy.memmap are taken for the memory they are. A masked array is refused, since
         its mask would be lost without a word.
         """
-        return value if type(value) is numpy.ndarray else _viewed(name, value, _WANTED)
+        return value if type(value) is numpy.ndarray else self._viewed(name, value, _WANTED)
 
     def take_optional(self, name: str, value: Any) -> Array | None:
         """Return the same of an argument that may be None."""
         if value is None or type(value) is numpy.ndarray:
             return value
-        return _viewed(name, value, f"{_WANTED}, or None")
+        return self._viewed(name, value, f"{_WANTED}, or None")
 
     def give(self, result: Array | None) -> Array | None:
         """Return a result as an array of this kind, over the same memory."""
-        if result is None or self.sample is None:
+        if result is None or self.importer is None:
             return result
         exported = result
         if isinstance(result, numpy.ndarray):
             is_bfloat16 = result.dtype.name == "bfloat16"
             exported = _dlpack.Exported(result.view(numpy.uint16) if is_bfloat16 else result, is_bfloat16)
-        return _importer(self.library, self.sample)(exported)
+        return self.importer(exported)
+
+    def _viewed(self, name: str, value: Any, wanted: str) -> Array:
+        if self.importer is not None and _is_foreign(value):
+            return _from_dlpack(name, value, self.device_type)
+        if isinstance(value, numpy.ndarray) and not isinstance(value, numpy.ma.MaskedArray):
+            return value.view(numpy.ndarray)
+        if _is_of_cupy(value):
+            return _aligned_on_gpu(name, value)
+        if not isinstance(value, numpy.ndarray) and _has_buffer(value):
+            return numpy.asarray(memoryview(value))
+        raise TypeError(f"{name} is {shown(value)}; wanted {wanted}{_hint(name, value)}")
 
 
-_NUMPY = Kind("numpy")
+_NUMPY = Kind("numpy", 1)
 
 
 def kind_of(**arrays: Any) -> Kind:
@@ -93,35 +113,53 @@ def kind_of(**arrays: Any) -> Kind:
 
     Raises
     ------
+    TypeError
+        They are on a device that is none of ours, or of a library that takes no result back.
     ValueError
         They are not all of one library, or not all on one device.
     """
     if all(value is None or type(value) is numpy.ndarray for value in arrays.values()):
         return _NUMPY
-    places = {name: place for name, value in arrays.items() if (place := _place_of(value)) is not None}
-    for name, place in places.items():
-        first_name, first = next(iter(places.items()))
-        if place != first:
+    first_name, first, first_place = "", None, None
+    for name, value in arrays.items():
+        place = None if value is None else _place_of(value)
+        if place is None:
+            continue
+        if first_place is None:
+            first_name, first, first_place = name, value, place
+        elif place != first_place:
             raise ValueError(
-                f"{name} is {place}, but {first_name} is {first}; wanted all arrays of one library and on "
-                "one device"
+                f"{name} is {_in_words(place)}, but {first_name} is {_in_words(first_place)}; wanted all "
+                "arrays of one library and on one device"
             )
-    for value in arrays.values():
-        if _is_foreign(value):
-            return Kind(_library_of(value), value)
-    return _NUMPY
+    if first_place is None or not _is_foreign(first):
+        return _NUMPY
+    library, device_type, _ = first_place
+    if device_type not in _HOST | _CUDA:
+        raise TypeError(
+            f"{first_name} is {shown(first)} on a device of DLPack's type {device_type}; wanted an array on "
+            "the CPU or a CUDA device"
+        )
+    return Kind(library, device_type, _importer(library, first))
 
 
-def _place_of(value: Any) -> str | None:
-    """Say of which library and where an array is: equal for arrays that can be computed on together."""
-    if _is_of_cupy(value):
-        return f"a cupy.ndarray on CUDA device {value.device.id}"
+def _place_of(value: Any) -> _Place | None:
+    """Return where an array is, equal for those that can be computed on together; None for what is none."""
     if _is_foreign(value):
-        device_type, number = _device_of(value)
-        where = "the CPU" if device_type in _HOST else f"CUDA device {number}"
-        where = where if device_type in _HOST | _CUDA else f"a device of DLPack's type {device_type}"
-        return f"a {_library_of(value)} array on {where}"
-    return "a numpy.ndarray" if isinstance(value, numpy.ndarray) or _has_buffer(value) else None
+        return (_library_of(value), *_device_of(value))
+    if _is_of_cupy(value):
+        return "cupy", 2, value.device.id
+    return ("numpy", 1, 0) if isinstance(value, numpy.ndarray) or _has_buffer(value) else None
+
+
+def _in_words(place: _Place) -> str:
+    library, device_type, number = place
+    if library == "numpy":
+        return "a numpy.ndarray"
+    where = f"CUDA device {number}" if device_type in _CUDA else "the CPU"
+    if device_type not in _HOST | _CUDA:
+        where = f"a device of DLPack's type {device_type}"
+    return f"a {library} array on {where}"
 
 
 def _is_of_cupy(value: Any) -> bool:
@@ -131,9 +169,14 @@ def _is_of_cupy(value: Any) -> bool:
 
 def _is_foreign(value: Any) -> bool:
     """Tell whether a value is an array of a library that is neither NumPy nor CuPy."""
-    if isinstance(value, numpy.ndarray | numpy.generic) or _is_of_cupy(value):
+    return _is_foreign_type(type(value)) and not _is_of_cupy(value)
+
+
+@lru_cache(maxsize=64)
+def _is_foreign_type(kind: Any) -> bool:
+    if issubclass(kind, numpy.ndarray | numpy.generic):
         return False
-    return hasattr(type(value), "__dlpack__") and hasattr(type(value), "__dlpack_device__")
+    return hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__")
 
 
 def _library_of(value: Any) -> str:
@@ -159,27 +202,8 @@ def _has_buffer(value: Any) -> bool:
     return True
 
 
-def _viewed(name: str, value: Any, wanted: str) -> Array:
-    if isinstance(value, numpy.ndarray) and not isinstance(value, numpy.ma.MaskedArray):
-        return value.view(numpy.ndarray)
-    if _is_of_cupy(value):
-        return _aligned_on_gpu(name, value)
-    if _is_foreign(value):
-        return _from_dlpack(name, value)
-    if not isinstance(value, numpy.ndarray) and _has_buffer(value):
-        return numpy.asarray(memoryview(value))
-    raise TypeError(f"{name} is {shown(value)}; wanted {wanted}{_hint(name, value)}")
-
-
-def _from_dlpack(name: str, value: Any) -> Array:
+def _from_dlpack(name: str, value: Any, device_type: int) -> Array:
     """Return the memory of another library's array."""
-    device_type, _ = _device_of(value)
-    if device_type not in _HOST | _CUDA:
-        raise TypeError(
-            f"{name} is {shown(value)} on a device of DLPack's type {device_type}; wanted an array on the "
-            "CPU or a CUDA device"
-        )
-    _importer(_library_of(value), value)
     value = _without_gradient(name, value)
     if device_type in _CUDA:
         cupy = _cupy(name)

@@ -443,7 +443,7 @@ def modulated_deform_conv_backward(
     gradients = backend.deform_conv_backward(
         geometry, grad_output, x, offset, mask, weight, needs.difference(missing), deterministic, matmul
     )
-    return gradients if kind.sample is None else Gradients(*map(kind.give, gradients))
+    return gradients if kind.importer is None else Gradients(*map(kind.give, gradients))
 
 
 def set_float32_matmul(value: str) -> None:
