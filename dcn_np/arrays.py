@@ -169,7 +169,8 @@ def _is_of_cupy(value: Any) -> bool:
 
 def _is_foreign(value: Any) -> bool:
     """Tell whether a value is an array of a library that is neither NumPy nor CuPy."""
-    return _is_foreign_type(type(value)) and not _is_of_cupy(value)
+    kind: Any = type(value)
+    return _is_foreign_type(kind) and not _is_of_cupy(value)
 
 
 @lru_cache(maxsize=64)
