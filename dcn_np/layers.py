@@ -637,11 +637,12 @@ def load_npz(path: Path) -> dict[str, Array]:
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
             raise ValueError(f"path is {path!r}, no .npz file; wanted what save_npz or numpy.savez writes")
-    try:
-        with numpy.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"path is {path!r}, a broken .npz file: {error}") from error
+        file.seek(0)
+        try:
+            with numpy.load(file, allow_pickle=False) as archive:
+                return {key: archive[key] for key in archive.files}
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"path is {path!r}, a broken .npz file: {error}") from error
 
 
 def save_safetensors(path: Path, state: Mapping[str, Array]) -> None:

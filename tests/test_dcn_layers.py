@@ -1,4 +1,4 @@
-"""The layers: their gradients against differences, the branch's convention, state dicts, files and training."""
+"""The layers: gradients against differences, the convention of the branch, state dicts, files, training."""
 
 import sys
 import zipfile
@@ -118,7 +118,7 @@ def test_all_is_of_the_dtype_of_the_layer(kind, dtype):
 # ---- gradients
 
 
-def differences(function, array, step=1e-5):
+def differences(function, array, step=1e-6):
     """The derivative of a function without arguments by each element of an array that it reads."""
     found = np.empty_like(array)
     for place in np.ndindex(*array.shape):
@@ -129,6 +129,17 @@ def differences(function, array, step=1e-5):
         found[place] = (above - function()) / (2 * step)
         array[place] = before
     return found
+
+
+def smooth_problem(kind, rng, **given):
+    """A layer and an image, none of whose offsets is near a whole number, where the derivative jumps."""
+    while True:
+        layer = built(kind, rng, **given)
+        x = image(layer, rng)
+        layer.forward(x)
+        offset = layer._kept[1]
+        if np.abs(offset - np.round(offset)).min() > 1e-4:
+            return layer, x
 
 
 def check_gradients(layer, x, rng):
@@ -157,15 +168,14 @@ WINDOWS = {
 def test_gradients_are_central_differences(kind, window):
     rng = np.random.default_rng(5)
     kernel_size = (2, 1, 2)[: kind.ndim]
-    layer = built(kind, rng, **{"kernel_size": kernel_size} | WINDOWS[window])
-    check_gradients(layer, image(layer, rng), rng)
+    check_gradients(*smooth_problem(kind, rng, **{"kernel_size": kernel_size} | WINDOWS[window]), rng)
 
 
 @pytest.mark.parametrize("kind", MODULATED, ids=named)
 def test_gradients_go_through_twice_the_sigmoid(kind):
     rng = np.random.default_rng(6)
-    layer = built(kind, rng, kernel_size=(2, 2, 1)[: kind.ndim], mask_activation="2*sigmoid", offset_groups=2)
-    check_gradients(layer, image(layer, rng), rng)
+    given = {"kernel_size": (2, 2, 1)[: kind.ndim], "mask_activation": "2*sigmoid", "offset_groups": 2}
+    check_gradients(*smooth_problem(kind, rng, **given), rng)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -323,7 +333,7 @@ def test_an_image_of_another_dtype_or_kind_is_an_error(kind):
     layer = kind(2, 1, 1)
     with pytest.raises(TypeError, match="weight has dtype float32 but x has float64"):
         layer.forward(np.ones((1, 2, 4, 4)))
-    with pytest.raises(TypeError, match="x is .*; wanted a numpy.ndarray"):
+    with pytest.raises(TypeError, match=r"x is .*; wanted a numpy\.ndarray"):
         layer.forward([[[[1.0]]]])
 
 
@@ -447,7 +457,7 @@ def test_weights_of_another_layer_are_named():
         ValueError, match=r"weights.weight has the shape .*; ModulatedDeformConv1d wants 3 axes"
     ):
         ModulatedDeformConv1d.from_weights(weights)
-    with pytest.raises(ValueError, match="weights.offset_weight is None; .* wants the branch"):
+    with pytest.raises(ValueError, match=r"weights\.offset_weight is None; .* wants the branch"):
         ModulatedDeformConv2d.from_weights(replace(weights, offset_weight=None))
     with pytest.raises(ValueError, match=r"conv_offset.bias has the shape \(5,\)"):
         ModulatedDeformConv2d.from_weights(replace(weights, offset_bias=np.zeros(5)))
@@ -513,7 +523,8 @@ def test_npz_runs_nothing(tmp_path):
 
 def test_a_file_that_is_no_npz_is_named(tmp_path):
     path = tmp_path / "other"
-    np.save(path.open("wb"), np.ones(3))
+    with path.open("wb") as file:
+        np.save(file, np.ones(3))
     with pytest.raises(ValueError, match=r"path is .*other.*, no .npz file; wanted"):
         layers.load_npz(path)
     layers.save_npz(path, {"weight": np.ones(100)})
