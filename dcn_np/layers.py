@@ -1,0 +1,776 @@
+"""Layers without a framework: filters, and the branch that makes offsets and masks, forward and backward.
+
+`dcn_np.deform_conv` and its kin are functions of arrays that the caller keeps. A layer keeps them: `forward`
+remembers what `backward` needs, `backward` returns the gradient of the input and puts those of the parameters
+in `gradients`. What updates the parameters is the caller's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import operator
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy
+
+from .arrays import Array, kind_of
+from .backends import backend_of
+from .deform_conv import (
+    Extents,
+    Padding,
+    deform_conv,
+    deform_conv_backward,
+    modulated_deform_conv,
+    modulated_deform_conv_backward,
+)
+from .geometry import Geometry
+from .messages import count, dtype_wanted, listed, shown
+
+if TYPE_CHECKING:
+    from typing import Self
+
+    from numpy.typing import DTypeLike
+
+    from .checkpoints import DeformConvWeights
+
+Path = str | os.PathLike[str]
+Seed = numpy.random.Generator | int | None
+
+# What the branch's channels for the masks go through is this times the logistic function.
+_FACTORS = {"sigmoid": 1, "2*sigmoid": 2}
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "DeformConv1d",
+    "DeformConv2d",
+    "DeformConv3d",
+    "ModulatedDeformConv1d",
+    "ModulatedDeformConv2d",
+    "ModulatedDeformConv3d",
+    "load_npz",
+    "load_safetensors",
+    "save_npz",
+    "save_safetensors",
+]
+
+# ---- what all layers share
+
+
+class _Layer:
+    """An ordinary convolution of `ndim` spatial axes; the deformable ones add the branch."""
+
+    ndim: ClassVar[int]
+    # The names of the parameters, with those of the state dict.
+    _KEYS: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
+
+    weight: Array
+    bias: Array | None
+    gradients: dict[str, Array]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Extents,
+        stride: Extents = 1,
+        padding: Padding = 0,
+        dilation: Extents = 1,
+        *,
+        groups: int = 1,
+        bias: bool = True,
+        rng: Seed = None,
+        dtype: DTypeLike = numpy.float32,
+    ) -> None:
+        self._set_window(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, 1, dtype)
+        self._draw(bias, rng)
+
+    def _set_window(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Extents,
+        stride: Extents,
+        padding: Padding,
+        dilation: Extents,
+        groups: int,
+        offset_groups: int,
+        dtype: DTypeLike,
+    ) -> None:
+        """Check all numbers now, where they are written, and not at the first image."""
+        self.in_channels = _positive("in_channels", in_channels)
+        self.out_channels = _positive("out_channels", out_channels)
+        self.kernel_size = _kernel(kernel_size, self.ndim)
+        self.groups = _positive("groups", groups)
+        self.offset_groups = _positive("offset_groups", offset_groups)
+        self.dtype = _checked_dtype(dtype)
+        # One pixel and one tap: what depends on the size of an image is checked when there is one.
+        ones = (1,) * self.ndim
+        x = SimpleNamespace(shape=(0, self.in_channels, *ones), dtype=self.dtype)
+        each = self.in_channels // self.groups
+        weight = SimpleNamespace(shape=(self.out_channels, each, *ones), dtype=self.dtype)
+        numbers = stride, padding, dilation, self.groups, self.offset_groups
+        window = Geometry.of((self.dtype,), x, None, None, weight, None, *numbers)
+        self.stride, self.padding, self.dilation = window.stride, window.padding, window.dilation
+
+    def _draw(self, bias: bool, rng: Seed) -> None:
+        """Draw filters and bias as torch does: uniformly, within one over the root of the inputs of a sum."""
+        generator = numpy.random.default_rng(rng)
+        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        self.weight = generator.uniform(-bound, bound, shape).astype(self.dtype)
+        self.bias = generator.uniform(-bound, bound, shape[0]).astype(self.dtype) if bias else None
+        self.gradients = {}
+        self._kept: tuple[Any, ...] | None = None
+
+    def __repr__(self) -> str:
+        shown_if_not = {"groups": 1, "offset_groups": 1}
+        numbers = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
+        numbers += [name for name, default in shown_if_not.items() if getattr(self, name) != default]
+        values = ", ".join(f"{name}={getattr(self, name)}" for name in numbers)
+        return f"{type(self).__name__}({values}{'' if self.bias is not None else ', bias=False'})"
+
+    def forward(self, x: Array) -> Array:
+        """Return the layer's output for images, and remember what `backward` needs.
+
+        Parameters
+        ----------
+        x : array, shape (batch, in_channels, *input)
+            The images, of the dtype, library and device of the parameters. They are kept, not copied.
+
+        Returns
+        -------
+        array, shape (batch, out_channels, *output)
+            A new array.
+
+        Raises
+        ------
+        TypeError
+            `x` is no array, or of another dtype.
+        ValueError
+            The shape of `x` does not fit.
+
+        See Also
+        --------
+        backward : The gradients.
+        """
+        self._check_x(x)
+        y = deform_conv(x, None, self.weight, self.bias, *self._window())
+        self._kept = (x,)
+        return y
+
+    def backward(self, grad_output: Array) -> Array:
+        """Compute the gradients of the last `forward`, those of the parameters into `gradients`.
+
+        Call it before the parameters change: it reads them again.
+
+        Parameters
+        ----------
+        grad_output : array, shape (batch, out_channels, *output)
+            The gradient of a scalar with respect to what `forward` returned.
+
+        Returns
+        -------
+        array, shape (batch, in_channels, *input)
+            The gradient with respect to `x`.
+
+        Raises
+        ------
+        RuntimeError
+            There was no `forward`.
+        TypeError
+            `grad_output` is no array, or of another dtype.
+        ValueError
+            The shape of `grad_output` is not that of the output.
+
+        See Also
+        --------
+        forward : The output.
+        """
+        (x,) = self._remembered()
+        needs = self._needs("x", "weight")
+        found = deform_conv_backward(grad_output, x, None, self.weight, *self._window(), needs=needs)
+        self.gradients = _present(weight=found.weight, bias=found.bias)
+        return found.x
+
+    def parameters(self) -> dict[str, Array]:
+        """Return the parameters by name.
+
+        Returns
+        -------
+        dict of str to array
+            The arrays themselves: what changes them in place changes the layer. `gradients` has the same
+            keys.
+
+        See Also
+        --------
+        state_dict : The same under the names of checkpoints.
+        """
+        return _present(**{name: getattr(self, name) for name in self._KEYS})
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return the parameters under the names that checkpoints have.
+
+        Returns
+        -------
+        dict of str to array
+            The arrays themselves, not copies, with the keys of mmcv: weight, bias, and for a deformable layer
+            conv_offset.weight and conv_offset.bias.
+
+        See Also
+        --------
+        load_state_dict : The way back.
+        save_npz : To a file.
+        """
+        return {self._KEYS[name]: value for name, value in self.parameters().items()}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Take the parameters from a state dict; nothing changes unless all of them fit.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            Copied, in the dtype of the layer. The layer computes where these arrays are: those of CuPy move
+            it to their GPU.
+
+        Raises
+        ------
+        TypeError
+            A value is no array of floating-point numbers.
+        ValueError
+            Keys are missing or unknown, or a shape is another; or the arrays are not all of one library and
+            on one device.
+
+        See Also
+        --------
+        state_dict : The way back.
+        """
+        wanted = self.state_dict()
+        if unknown := [key for key in state if key not in wanted]:
+            raise ValueError(f"state holds {_names(unknown)}; {self!r} has {listed(list(wanted))} only")
+        if missing := [key for key in wanted if key not in state]:
+            raise ValueError(f"state has no {listed(missing)}; {self!r} has {listed(list(wanted))}")
+        kind = kind_of(**state)
+        arrays = {key: _floating(key, kind.take(key, state[key])) for key in wanted}
+        for key, value in arrays.items():
+            if value.shape != wanted[key].shape:
+                raise ValueError(f"{key} has the shape {value.shape}; {self!r} wants {wanted[key].shape}")
+        for name in self.parameters():
+            setattr(self, name, arrays[self._KEYS[name]].astype(self.dtype, order="C"))
+        self.gradients, self._kept = {}, None
+
+    def _window(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.groups, self.offset_groups
+
+    def _needs(self, *names: str) -> tuple[str, ...]:
+        return names if self.bias is None else (*names, "bias")
+
+    def _check_x(self, x: Any) -> None:
+        shape = getattr(x, "shape", None)
+        wanted = f"wanted (batch, {self.in_channels}, *input) with {count(self.ndim, 'spatial axis')}"
+        if isinstance(shape, tuple) and (len(shape) != self.ndim + 2 or shape[1] != self.in_channels):
+            raise ValueError(f"x has the shape {tuple(shape)}; {wanted}")
+
+    def _remembered(self) -> tuple[Any, ...]:
+        if self._kept is None:
+            raise RuntimeError("backward without a forward before it; wanted forward(x) first")
+        return self._kept
+
+
+class _Deformable(_Layer):
+    """A deformable convolution with the branch that makes its offsets, and masks if `modulated`."""
+
+    modulated: ClassVar[bool]
+    _KEYS: ClassVar[Mapping[str, str]] = {
+        "weight": "weight",
+        "bias": "bias",
+        "conv_offset_weight": "conv_offset.weight",
+        "conv_offset_bias": "conv_offset.bias",
+    }
+
+    conv_offset_weight: Array
+    conv_offset_bias: Array
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Extents,
+        stride: Extents = 1,
+        padding: Padding = 0,
+        dilation: Extents = 1,
+        *,
+        groups: int = 1,
+        offset_groups: int = 1,
+        bias: bool = True,
+        mask_activation: str | None = None,
+        rng: Seed = None,
+        dtype: DTypeLike = numpy.float32,
+    ) -> None:
+        sizes = in_channels, out_channels, kernel_size, stride, padding, dilation, groups, offset_groups
+        self._set_window(*sizes, dtype)
+        self.mask_activation = self._checked_activation(mask_activation)
+        self._draw(bias, rng)
+        self._offsets = self.ndim * self.offset_groups * math.prod(self.kernel_size)
+        channels = self._offsets // self.ndim * (self.ndim + self.modulated)
+        shape = (channels, self.in_channels, *self.kernel_size)
+        self.conv_offset_weight = numpy.zeros(shape, self.dtype)
+        self.conv_offset_bias = numpy.zeros(channels, self.dtype)
+
+    @classmethod
+    def from_weights(
+        cls, weights: DeformConvWeights, stride: Extents = 1, padding: Padding = 0, dilation: Extents = 1
+    ) -> Self:
+        """Build the layer that a checkpoint of another library describes.
+
+        Parameters
+        ----------
+        weights : dcn_np.checkpoints.DeformConvWeights
+            Its arrays, which are copied. Channels, groups and activation follow from them.
+        stride : int or sequence of int
+            As the layer had it: no checkpoint tells.
+        padding : int, or sequence of int or of (begin, end) pairs
+            As the layer had it.
+        dilation : int or sequence of int
+            As the layer had it.
+
+        Returns
+        -------
+        layer
+            One of this class, with the dtype of the filters.
+
+        Raises
+        ------
+        TypeError
+            A dtype that is not computed.
+        ValueError
+            The weights have no branch, or are those of another class; shapes that do not fit; or a dilation
+            that the branch does not share.
+
+        See Also
+        --------
+        dcn_np.checkpoints.layer_from : Reads the weights.
+        """
+        name = cls.__name__
+        filters, branch = weights.weight, weights.offset_weight
+        if branch is None:
+            raise ValueError(
+                f"weights.offset_weight is None; {name} wants the branch that makes the offsets. Without one "
+                "the offsets come from elsewhere, and dcn_np.deform_conv takes them"
+            )
+        for what, array in (("weight", filters), ("offset_weight", branch)):
+            if array.ndim != cls.ndim + 2 or 0 in array.shape:
+                wanted = f"{count(cls.ndim + 2, 'axis')}, none of them empty"
+                raise ValueError(f"weights.{what} has the shape {array.shape}; {name} wants {wanted}")
+        if weights.modulated is not None and weights.modulated != cls.modulated:
+            other = f"{'' if cls.modulated else 'Modulated'}DeformConv{cls.ndim}d"
+            raise ValueError(f"weights.modulated is {weights.modulated}; wanted {cls.modulated}, or {other}")
+        layer = cls(
+            branch.shape[1],
+            filters.shape[0],
+            filters.shape[2:],
+            stride,
+            padding,
+            dilation,
+            groups=max(branch.shape[1] // filters.shape[1], 1),
+            offset_groups=1 if weights.offset_groups is None else weights.offset_groups,
+            bias=weights.bias is not None,
+            mask_activation=weights.mask_activation,
+            rng=0,
+            dtype=filters.dtype,
+        )
+        if weights.offset_dilated is False and set(layer.dilation) != {1}:
+            raise ValueError(
+                f"dilation is {layer.dilation}; the branch of these weights is not dilated "
+                "(weights.offset_dilated is False), and that of a layer is as the layer: wanted 1"
+            )
+        bias = layer.conv_offset_bias if weights.offset_bias is None else weights.offset_bias
+        arrays = {"weight": filters, "bias": weights.bias}
+        arrays |= {"conv_offset.weight": branch, "conv_offset.bias": bias}
+        layer.load_state_dict(_present(**arrays))
+        return layer
+
+    def forward(self, x: Array) -> Array:
+        self._check_x(x)
+        made = deform_conv(x, None, self.conv_offset_weight, self.conv_offset_bias, *self._branch_window())
+        offset = made[:, : self._offsets]
+        mask = self._factor() * _logistic(made[:, self._offsets :]) if self.modulated else None
+        y = modulated_deform_conv(x, offset, mask, self.weight, self.bias, *self._window())
+        self._kept = x, offset, mask
+        return y
+
+    def backward(self, grad_output: Array) -> Array:
+        x, offset, mask = self._remembered()
+        found = modulated_deform_conv_backward(
+            grad_output,
+            x,
+            offset,
+            mask,
+            self.weight,
+            *self._window(),
+            needs=self._needs("x", "offset", "mask", "weight"),
+        )
+        grad_made = found.offset
+        if mask is not None:
+            # With s the logistic function, mask = factor * s, and s' = s * (1 - s).
+            grad_logits = found.mask * mask * (1 - mask / self._factor())
+            grad_made = _namespace(mask).concatenate([found.offset, grad_logits], axis=1)
+        branch = deform_conv_backward(grad_made, x, None, self.conv_offset_weight, *self._branch_window())
+        self.gradients = _present(
+            weight=found.weight,
+            bias=found.bias,
+            conv_offset_weight=branch.weight,
+            conv_offset_bias=branch.bias,
+        )
+        return found.x + branch.x
+
+    forward.__doc__, backward.__doc__ = _Layer.forward.__doc__, _Layer.backward.__doc__
+
+    def _branch_window(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, 1, 1
+
+    def _checked_activation(self, value: str | None) -> str | None:
+        if not self.modulated and value is not None:
+            raise ValueError(
+                f"mask_activation is {shown(value)}; {type(self).__name__} makes no masks: wanted None"
+            )
+        if value is not None and value not in _FACTORS:
+            raise ValueError(f"mask_activation is {shown(value)}; wanted one of {listed(list(_FACTORS))}")
+        return "sigmoid" if self.modulated and value is None else value
+
+    def _factor(self) -> int:
+        return _FACTORS[self.mask_activation or "sigmoid"]
+
+
+# ---- the layers
+
+_SIZES = """
+    Parameters
+    ----------
+    in_channels : int
+        The channels of the input.
+    out_channels : int
+        The channels of the output.
+    kernel_size : int or sequence of int
+        The taps per spatial axis.
+    stride : int or sequence of int
+        Pixels of the input from one output position to the next, per spatial axis.
+    padding : int, or sequence of int or of (begin, end) pairs
+        Zeros thought around the input, in pixels, per spatial axis.
+    dilation : int or sequence of int
+        Pixels of the input from one tap to the next, per spatial axis.
+    groups : int
+        Divides the channels of input and output into independent convolutions."""
+_OFFSET_GROUPS = """
+    offset_groups : int
+        Divides the channels of the input into blocks, each with {made} of its own."""
+_BIAS = """
+    bias : bool
+        Whether there is a bias."""
+_ACTIVATION = """
+    mask_activation : {"sigmoid", "2*sigmoid"} or None
+        What makes masks of the branch's output. "sigmoid", which None is, begins at 0.5; "2*sigmoid" at 1, so
+        that the layer begins as an ordinary convolution."""
+_NO_ACTIVATION = """
+    mask_activation : None
+        There are no masks here."""
+_DRAWN = """
+    rng : numpy.random.Generator, int or None
+        What filters and bias are drawn from, or its seed: uniformly within 1 / sqrt(in_channels / groups *
+        taps). None is another seed each time.
+    dtype : dtype
+        That of all parameters, and of the images.
+
+    Attributes
+    ----------
+    weight : array, shape (out_channels, in_channels / groups, *kernel_size)
+        The filters.
+    bias : array, shape (out_channels,), or None
+        Added to every output position."""
+_BRANCH_ATTRIBUTES = """
+    conv_offset_weight : array, shape (branch_channels, in_channels, *kernel_size)
+        The filters of the branch; zeros at first. branch_channels is {per_tap} * offset_groups * taps.
+    conv_offset_bias : array, shape (branch_channels,)
+        The bias of the branch; zeros at first."""
+_ERRORS = """
+    gradients : dict of str to array
+        What the last `backward` found, by the names of `parameters()`; empty before.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong kind, or a dtype that is not computed.
+    ValueError
+        Numbers that do not fit.
+"""
+_BRANCH = """
+
+    The branch is an ordinary convolution of the same input, with the kernel size, stride, padding and
+    dilation of the layer. Of its output channels, the first {ndim} * offset_groups * taps are the offsets, in
+    the order of `dcn_np.deform_conv`"""
+_MASKS = """; `mask_activation` makes masks of the others"""
+
+
+def _document(layer: type[_Layer]) -> None:
+    """Write the docstring of a class from what its attributes say."""
+    axes = count(layer.ndim, "spatial axis")
+    if not issubclass(layer, _Deformable):
+        layer.__doc__ = f"An ordinary convolution over {axes}.\n{_SIZES}{_BIAS}{_DRAWN}{_ERRORS}"
+        return
+    kind, made, also, activation = "", "offsets", "", _NO_ACTIVATION
+    if layer.modulated:
+        kind, made, also, activation = "modulated ", "offsets and masks", _MASKS, _ACTIVATION
+    layer.__doc__ = (
+        f"A {kind}deformable convolution over {axes}, with the branch that makes its {made}."
+        f"{_BRANCH.format(ndim=layer.ndim)}{also}.\n{_SIZES}{_OFFSET_GROUPS.format(made=made)}{_BIAS}"
+        f"{activation}{_DRAWN}{_BRANCH_ATTRIBUTES.format(per_tap=layer.ndim + layer.modulated)}{_ERRORS}"
+    )
+
+
+class Conv1d(_Layer):
+    ndim = 1
+
+
+class Conv2d(_Layer):
+    ndim = 2
+
+
+class Conv3d(_Layer):
+    ndim = 3
+
+
+class DeformConv1d(_Deformable):
+    ndim, modulated = 1, False
+
+
+class DeformConv2d(_Deformable):
+    ndim, modulated = 2, False
+
+
+class DeformConv3d(_Deformable):
+    ndim, modulated = 3, False
+
+
+class ModulatedDeformConv1d(_Deformable):
+    ndim, modulated = 1, True
+
+
+class ModulatedDeformConv2d(_Deformable):
+    ndim, modulated = 2, True
+
+
+class ModulatedDeformConv3d(_Deformable):
+    ndim, modulated = 3, True
+
+
+_LAYERS: tuple[type[_Layer], ...] = (
+    *(Conv1d, Conv2d, Conv3d),
+    *(DeformConv1d, DeformConv2d, DeformConv3d),
+    *(ModulatedDeformConv1d, ModulatedDeformConv2d, ModulatedDeformConv3d),
+)
+for _layer in _LAYERS:
+    _document(_layer)
+
+# ---- files
+
+
+def save_npz(path: Path, state: Mapping[str, Array]) -> None:
+    """Write a state dict to a file that `numpy.load` reads.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file, replaced if it is there. Nothing is added to its name.
+    state : mapping of str to array
+        Arrays of NumPy or CuPy.
+
+    Raises
+    ------
+    TypeError
+        A value is no array, or has a dtype that the format cannot say: Python objects, bfloat16.
+
+    See Also
+    --------
+    load_npz : The way back.
+    save_safetensors : The same for a format that has bfloat16.
+    """
+    arrays = _on_host(state)
+    for key, value in arrays.items():
+        if value.dtype.hasobject or value.dtype.kind == "V":
+            raise TypeError(
+                f"{key} has dtype {value.dtype}; wanted one that NumPy's files have, such as float32"
+            )
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, value in arrays.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                numpy.lib.format.write_array(file, value, allow_pickle=False)
+
+
+def load_npz(path: Path) -> dict[str, Array]:
+    """Read a state dict that `save_npz` or `numpy.savez` wrote; nothing in the file is run.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        All arrays of the file.
+
+    Raises
+    ------
+    ValueError
+        The file is no .npz file, or is broken, or holds Python objects.
+
+    See Also
+    --------
+    save_npz : The way back.
+    """
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            raise ValueError(f"path is {path!r}, no .npz file; wanted what save_npz or numpy.savez writes")
+        file.seek(0)
+        try:
+            with numpy.load(file, allow_pickle=False) as archive:
+                return {key: archive[key] for key in archive.files}
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"path is {path!r}, a broken .npz file: {error}") from error
+
+
+def save_safetensors(path: Path, state: Mapping[str, Array]) -> None:
+    """Write a state dict to a .safetensors file, by the package safetensors.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file, replaced if it is there.
+    state : mapping of str to array
+        Arrays of NumPy or CuPy.
+
+    Raises
+    ------
+    ImportError
+        The package safetensors is not installed.
+    TypeError
+        A value is no array.
+
+    See Also
+    --------
+    load_safetensors : The way back.
+    """
+    arrays = _on_host(state)
+    _safetensors().save_file(arrays, os.fspath(path))
+
+
+def load_safetensors(path: Path) -> dict[str, Array]:
+    """Read a .safetensors file, by the package safetensors.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The file.
+
+    Returns
+    -------
+    dict of str to numpy.ndarray
+        All arrays of the file.
+
+    Raises
+    ------
+    ImportError
+        The package safetensors is not installed.
+
+    See Also
+    --------
+    save_safetensors : The way back.
+    """
+    loaded: dict[str, Array] = _safetensors().load_file(os.fspath(path))
+    return loaded
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.numpy")
+    except ImportError as error:
+        raise ImportError(
+            "files of safetensors need the package safetensors: pip install safetensors"
+        ) from error
+
+
+def _on_host(state: Mapping[str, Array]) -> dict[str, Array]:
+    """Return a state dict's arrays in NumPy's, C-contiguous."""
+    arrays = {}
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise TypeError(f"state has the key {shown(key)}; wanted strings")
+        taken = kind_of(value=value).take(key, value)
+        arrays[key] = numpy.asarray(taken if isinstance(taken, numpy.ndarray) else taken.get(), order="C")
+    return arrays
+
+
+# ---- numbers and arrays
+
+
+def _positive(name: str, value: Any) -> int:
+    wanted = "an integer, at least 1"
+    if isinstance(value, bool | numpy.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
+    if operator.index(value) < 1:
+        raise ValueError(f"{name} is {shown(value)}; wanted {wanted}")
+    return operator.index(value)
+
+
+def _kernel(value: Any, ndim: int) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return (_positive("kernel_size", value),) * ndim
+    if len(value) != ndim:
+        raise ValueError(
+            f"kernel_size has {count(len(value), 'entry')}; wanted an integer or {count(ndim, 'entry')}"
+        )
+    return tuple(_positive(f"kernel_size[{axis}]", entry) for axis, entry in enumerate(value))
+
+
+def _checked_dtype(value: DTypeLike) -> numpy.dtype[Any]:
+    try:
+        dtype = numpy.dtype(value)
+    except TypeError:
+        raise TypeError(f"dtype is {shown(value)}; wanted one of NumPy's, such as float32") from None
+    computed = backend_of(numpy.empty(0)).dtypes()
+    if dtype not in computed:
+        raise TypeError(f"dtype is {dtype}; wanted {dtype_wanted(dtype, computed)}")
+    return dtype
+
+
+def _floating(key: str, array: Array) -> Array:
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{key} has dtype {array.dtype}; wanted floating-point numbers, such as float32")
+    return array
+
+
+def _present(**arrays: Array | None) -> dict[str, Array]:
+    return {name: value for name, value in arrays.items() if value is not None}
+
+
+def _names(keys: Sequence[Any]) -> str:
+    return ", ".join(map(shown, keys))
+
+
+def _namespace(array: Array) -> Any:
+    """Return the module whose functions take an array: numpy or cupy."""
+    return importlib.import_module(type(array).__module__.partition(".")[0])
+
+
+def _logistic(values: Array) -> Array:
+    """Return 1 / (1 + exp(-values)), without a power that overflows."""
+    xp = _namespace(values)
+    power = xp.exp(-abs(values))
+    above = 1 / (1 + power)
+    return xp.where(values >= 0, above, power * above)
