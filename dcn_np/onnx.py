@@ -1,21 +1,23 @@
-"""The standard ONNX operator DeformConv, for onnx's own evaluator of models.
+"""The standard ONNX operator DeformConv: in onnx's own evaluator of models, and out of PyTorch.
 
 onnx.reference runs a model operator by operator; its implementation of this one is a specification, pixel by
-pixel in Python. Given `DeformConv`, it runs these nodes here and all others as before.
+pixel in Python. Given `DeformConv`, it runs these nodes here and all others as before. `translation_table`
+makes such nodes of the layers of `dcn_np.torch`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from numpy.typing import NDArray
+from onnx import TensorProto
 from onnx.reference.op_run import OpRun, RuntimeTypeError
 
 import dcn_np
 
-__all__ = ["DeformConv"]
+__all__ = ["DeformConv", "translation_table"]
 
 
 class DeformConv(OpRun):
@@ -46,6 +48,7 @@ class DeformConv(OpRun):
     See Also
     --------
     dcn_np.modulated_deform_conv : The computation.
+    translation_table : Make models with this operator from PyTorch.
 
     Notes
     -----
@@ -135,3 +138,65 @@ def _errors_of(operator: OpRun) -> Iterator[None]:
         raise RuntimeTypeError(f"{where}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Tell ``torch.onnx.export`` how to write the operator of `dcn_np.torch`: as a standard DeformConv.
+
+    The model needs nothing of this library then. torch, onnxscript and `dcn_np.torch` must be there, and the
+    layers need offsets. Beside half images with float32 offsets, as autocast makes them, the node computes in
+    float32, for ONNX has one dtype for all inputs.
+
+    Returns
+    -------
+    dict
+        For ``custom_translation_table=`` of ``torch.onnx.export(..., dynamo=True, opset_version=19)``, or a
+        later opset; bfloat16 is in the operator's definition from 22 on.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        torch is not there; without onnxscript the export says so.
+    AttributeError
+        `dcn_np.torch` has not been imported.
+
+    See Also
+    --------
+    DeformConv : Run such models here.
+    """
+    import torch
+
+    return {torch.ops.dcn_np.modulated_deform_conv.default: _translated}
+
+
+# Called with symbols for tensors. torch reads the annotations: those of integers and strings are passed as
+# they are, not as constants of the graph.
+def _translated(
+    x: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    offset_groups: int,
+    float32_matmul: str,
+) -> Any:
+    from onnxscript import opset19  # type: ignore[import-not-found,unused-ignore]
+
+    if offset is None:
+        raise ValueError("offset is None; ONNX's DeformConv needs offsets: use an ordinary convolution")
+    arrays = [x, weight, offset, bias, mask]
+    if mixed := offset.dtype != x.dtype:
+        arrays = [None if array is None else opset19.Cast(array, to=TensorProto.FLOAT) for array in arrays]
+    y = opset19.DeformConv(
+        *arrays,
+        strides=list(stride),
+        pads=[*padding[::2], *padding[1::2]],
+        dilations=list(dilation),
+        group=groups,
+        offset_group=offset_groups,
+    )
+    return opset19.CastLike(y, x) if mixed else y

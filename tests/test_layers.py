@@ -49,7 +49,12 @@ ADAPTERS = {"onnx"}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
-MAY_ALSO_REQUIRE = {"onnx": {"onnx"}, "cuda": {"ml_dtypes"}, "cuda.device": {"cupy"}, "pth": {"ml_dtypes"}}
+MAY_ALSO_REQUIRE = {
+    "onnx": {"onnx", "onnxscript", "torch"},
+    "cuda": {"ml_dtypes"},
+    "cuda.device": {"cupy"},
+    "pth": {"ml_dtypes"},
+}
 
 
 def python_modules():

@@ -263,6 +263,63 @@ def test_a_large_image_takes_no_time():
     assert time.perf_counter() - before < 1
 
 
+# --- out of PyTorch ----------------------------------------------------------------------------------------
+
+
+def layers_of(torch, half):
+    """A network of two layers with everything set, of which the second has no bias and no masks."""
+    ours = pytest.importorskip("dcn_np.torch")
+
+    class HalfImages(torch.nn.Module):
+        """Images, weights and results are halves, offsets are not: as under autocast."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.float16):
+                return self.layer(x)
+
+    layers = torch.nn.Sequential(
+        ours.ModulatedDeformConv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), groups=2, offset_groups=2),
+        torch.nn.ReLU(),
+        ours.DeformConv2d(6, 3, 3, padding=1, bias=False),
+    )
+    torch.manual_seed(13)
+    for parameter in layers.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return (HalfImages(layers) if half else layers).eval()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("opset", [19, 22])
+def test_export_from_torch(opset, half):
+    torch, onnxruntime = pytest.importorskip("torch"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layers, x = layers_of(torch, half), torch.randn(2, 4, 11, 13)
+    model = torch.onnx.export(
+        layers,
+        (x,),
+        dynamo=True,
+        opset_version=opset,
+        custom_translation_table=dcn_np.onnx.translation_table(),
+        dynamic_shapes=[{0: "batch"}],
+        verbose=False,
+    ).model_proto
+    assert {node.domain for node in model.graph.node} == {""}
+    assert [node.op_type for node in model.graph.node].count("DeformConv") == 2
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = torch.randn(3, 4, 11, 13)
+    want = layers(images).detach().numpy()
+    tolerance = {"rtol": 0.02, "atol": 0.02} if half else {"rtol": 1e-4, "atol": 1e-5}
+    fed = {model.graph.input[0].name: images.numpy()}
+    for y in (session.run(None, fed)[0], evaluated(model, fed)):
+        assert y.dtype == want.dtype
+        np.testing.assert_allclose(y, want, **tolerance)
+
+
 # --- errors -------------------------------------------------------------------------------------------------
 
 
