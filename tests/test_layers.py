@@ -41,16 +41,23 @@ MAY_IMPORT = {
     "pth": {"messages"},
     "cgroup": set(),
     "torch": {"checkpoints", "dcn_np"},
+    "onnx": {"dcn_np"},
     "threads": {"cgroup", "cpu._native"},
     "reference": set(),
 }
 
 # Each for one framework, which it imports; nothing imports them.
-ADAPTERS = {"torch"}
+ADAPTERS = {"onnx", "torch"}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
-MAY_ALSO_REQUIRE = {"torch": {"torch"}, "cuda": {"ml_dtypes"}, "cuda.device": {"cupy"}, "pth": {"ml_dtypes"}}
+MAY_ALSO_REQUIRE = {
+    "torch": {"torch"},
+    "onnx": {"onnx", "onnxscript", "torch"},
+    "cuda": {"ml_dtypes"},
+    "cuda.device": {"cupy"},
+    "pth": {"ml_dtypes"},
+}
 
 
 def python_modules():
