@@ -41,11 +41,18 @@ MAY_IMPORT = {
     "cgroup": set(),
     "threads": {"cgroup", "cpu._native"},
     "reference": set(),
+    "tiling": {"geometry", "messages"},
+    "dask": {"cpu", "deform_conv", "geometry", "tiling"},
 }
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
-MAY_ALSO_REQUIRE = {"cuda": {"ml_dtypes"}, "cuda.device": {"cupy"}, "pth": {"ml_dtypes"}}
+MAY_ALSO_REQUIRE = {
+    "cuda": {"ml_dtypes"},
+    "cuda.device": {"cupy"},
+    "dask": {"dask"},
+    "pth": {"ml_dtypes"},
+}
 
 
 def python_modules():
@@ -109,7 +116,7 @@ def test_a_module_imports_only_what_lies_below_it(module):
 
 
 def test_the_allowed_imports_have_no_cycle_between_operators_and_what_they_stand_on():
-    below = set(MAY_IMPORT) - {"deform_conv", "dcn_np"}
+    below = set(MAY_IMPORT) - {"dask", "deform_conv", "dcn_np"}
     assert not [name for name in below if {"deform_conv", "dcn_np"} & MAY_IMPORT[name]]
 
 
