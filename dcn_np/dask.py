@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .cpu import dtypes
 from .deform_conv import modulated_deform_conv as convolve
 from .geometry import Geometry
-from .tiling import Axis, Pairs, checked_halo, halo_of_tile, place
+from .tiling import Axis, Pairs, checked_halo, halo_within, place
 
 # A dask array, for which there is no type; the arrays of a tile are NumPy's.
 DaskArray: TypeAlias = Any
@@ -267,13 +267,15 @@ def _tile(
     firsts = tuple(starts[number] for starts, number in zip(plan.starts, numbers, strict=True))
     extents = tuple(tiles[number] for tiles, number in zip(plan.tiles, numbers, strict=True))
     given = tuple(slices[number][0] for slices, number in zip(plan.slices, numbers, strict=True))
-    halo = ((0, 0),) * len(plan.axes) if offset is None else halo_of_tile(offset, plan.axes, firsts)
+    halo: Pairs = ((0, 0),) * len(plan.axes)
+    if offset is not None:
+        halo = halo_within(offset, plan.axes, firsts, plan.halo)
     _check_fits(halo, plan.halo, firsts, extents)
     places = [place(*numbers) for numbers in zip(plan.axes, firsts, extents, halo, strict=True)]
     read = [slice(at.start - start, at.stop - start) for at, start in zip(places, given, strict=True)]
     surplus = [at.surplus for at in places]
-    y = convolve(
-        x[(..., *read)],
+    y: Array = convolve(
+        x[:, :, *read],
         _grown(offset, surplus, numpy.inf),  # which reads nothing
         _grown(mask, surplus, 0),
         weight,
@@ -287,7 +289,8 @@ def _tile(
     if not any(map(any, surplus)):
         return y
     kept = [slice(before, before + extent) for (before, _), extent in zip(surplus, extents, strict=True)]
-    return y[(..., *kept)].copy(order="K")
+    result: Array = y[:, :, *kept].copy(order="K")
+    return result
 
 
 def _check_fits(halo: Pairs, allowed: Pairs, firsts: tuple[int, ...], extents: tuple[int, ...]) -> None:

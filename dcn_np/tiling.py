@@ -165,19 +165,42 @@ def halo_of_tile(offset: Array, axes: Sequence[Axis], first: Sequence[int]) -> P
     return tuple((before, after) for before, after in halo.tolist())
 
 
+def halo_within(offset: Array, axes: Sequence[Axis], first: Sequence[int], allowed: Pairs) -> Pairs:
+    """Return what `halo_of_tile` does, or more of what is allowed where that is cheaper to tell."""
+    if not offset.size:
+        return halo_of_tile(offset, axes, first)
+    kernel = tuple(axis.kernel for axis in axes)
+    everywhere = (0, 1, *range(4, 4 + len(axes)))
+    split = _split(offset, axes)
+    taps = numpy.indices(kernel).reshape(len(axes), -1).T
+    moved = taps * [axis.dilation for axis in axes]
+    reach = [axis.reach for axis in axes]
+    lowest = moved + numpy.floor(split.min(everywhere).astype(numpy.float64))
+    highest = moved + numpy.ceil(split.max(everywhere).astype(numpy.float64))
+    halo = numpy.maximum(numpy.stack([-lowest.min(0), highest.max(0) - reach], axis=-1), 0)
+    if (halo <= allowed).all():  # which a NaN is not
+        return tuple((int(before), int(after)) for before, after in halo)
+    return halo_of_tile(offset, axes, first)
+
+
+def _split(offset: Array, axes: Sequence[Axis]) -> Array:
+    """View `offset` as (batch, offset_groups, taps, ndim, *output)."""
+    taps = math.prod(axis.kernel for axis in axes)
+    batch, channels, *output = offset.shape
+    return offset.reshape(batch, channels // (taps * len(axes)), taps, len(axes), *output)
+
+
 def _by_tap(offset: Array, axes: Sequence[Axis]) -> Iterator[tuple[Array, tuple[int, ...]]]:
     """Yield (batch, offset_groups, ndim, *output) of each tap, and its index in the kernel."""
-    kernel = tuple(axis.kernel for axis in axes)
-    taps = math.prod(kernel)
-    batch, channels, *output = offset.shape
-    split = offset.reshape(batch, channels // (taps * len(axes)), taps, len(axes), *output)
-    for number, tap in enumerate(numpy.ndindex(kernel)):
+    split = _split(offset, axes)
+    for number, tap in enumerate(numpy.ndindex(*(axis.kernel for axis in axes))):
         yield split[:, :, number], tap
 
 
 def _halo_of_tap(offset: Array, tap: Sequence[int], axes: Sequence[Axis], first: Sequence[int]) -> Array:
     """Return (ndim, 2): pixels before and after the windows of their positions that samples of a tap read."""
-    reads, beyond = numpy.True_, []
+    reads: Any = True
+    beyond = []
     for number, axis in enumerate(axes):
         along = offset[:, :, number]
         # Half precision has no room for the numbers below; of float32 and float64, floors are exact.
@@ -198,7 +221,7 @@ def _halo_of_tap(offset: Array, tap: Sequence[int], axes: Sequence[Axis], first:
 
 
 def checked_halo(halo: Any, ndim: int) -> Pairs:
-    """Return pixels before and after per axis; `halo` may be one integer, one per axis or one pair per axis."""
+    """Return (before, after) per axis, of one integer, one per axis or one pair per axis."""
     halo = _integers("halo", halo, 2)
     if isinstance(halo, int):
         return ((_bounded("halo", halo, 0),) * 2,) * ndim
