@@ -187,8 +187,8 @@ def modulated_deform_conv(
     >>> weight = numpy.ones((1, 1, 1, 1))
     >>> y = dcn_np.dask.modulated_deform_conv(x, offset, None, weight, halo=1)
     >>> y[0, 0, 2:4].compute()
-    array([[15.5 , 16.5 , 17.5 , 18.5 , 19.5 , 10.25],
-           [21.5 , 22.5 , 23.5 , 24.5 , 25.5 , 13.25]])
+    array([[15.5, 16.5, 17.5, 18.5, 19.5, 10. ],
+           [21.5, 22.5, 23.5, 24.5, 25.5, 13. ]])
     """
     arrays = {"x": x, "offset": offset, "mask": mask, "weight": weight, "bias": bias}
     x, offset, mask, weight, bias = (_lazy(name, array) for name, array in arrays.items())

@@ -101,10 +101,12 @@ def required_halo(
         is, up to ``stride - 1`` pixels.
     kernel_size : int or sequence of int
         Taps per spatial axis.
-    stride, dilation : int or sequence of int
-        As `deform_conv` takes them.
+    stride : int or sequence of int
+        Pixels from one output position to the next, per spatial axis.
     padding : int, or sequence of int or of (begin, end) pairs
-        As `deform_conv` takes it.
+        Zeros thought around the image, in pixels, per spatial axis.
+    dilation : int or sequence of int
+        Pixels from one tap to the next, per spatial axis.
 
     Returns
     -------
