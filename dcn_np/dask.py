@@ -234,11 +234,11 @@ def _tile_extents(
         return tuple((extent,) for extent in shape)
     for array in (offset, mask):
         if array is not None:
-            return (array.chunks[0], *array.chunks[2:])
+            chunks: Chunks = (array.chunks[0], *array.chunks[2:])
+            return tuple(tuple(extent for extent in along if extent) for along in chunks)
     blocks = (x.numblocks[0], *x.numblocks[2:])
     even = tuple(-(-extent // number) for extent, number in zip(shape, blocks, strict=True))
-    chunks: Chunks = dask.array.core.normalize_chunks(even, shape)
-    return (x.chunks[0], *chunks[1:])
+    return (x.chunks[0], *dask.array.core.normalize_chunks(even, shape)[1:])
 
 
 def _sliced(x: DaskArray, slices: Sequence[Pairs]) -> DaskArray:

@@ -164,6 +164,14 @@ def test_chunks_are_those_of_offset_then_mask():
     assert y.chunks == ((1, 1), (24,), (15, 15, 15), (35,))
 
 
+def test_empty_chunks_are_left_out():
+    x, offset, mask, *rest = larger_problem()
+    lazy = da.from_array(offset, chunks=((0, 2), 36, (20, 0, 25), (0, 35, 0)))
+    y = tiled.modulated_deform_conv(da.from_array(x), lazy, da.from_array(mask), *rest, halo=20)
+    assert y.chunks == ((2,), (24,), (20, 25), (35,))
+    assert_same_bits(y, dcn_np.modulated_deform_conv(x, offset, mask, *rest))
+
+
 def test_a_tile_reads_no_more_than_its_window_and_halo():
     x = da.map_blocks(
         lambda block_info: np.full((1, 1, 10, 10), math.prod(block_info[None]["chunk-location"])),
