@@ -26,10 +26,11 @@ build: $(VENV)/ready-dev
 	$(BIN)/python setup.py build_ext --inplace
 
 # What needs a framework, in an environment of its own.
-TORCH = torch==2.13.0
-test-frameworks: .venv-torch/ready
-	DCN_NP_TEST_FRAMEWORKS=1 .venv-torch/bin/python -m pytest -W default \
-		tests/frameworks tests/test_pth.py tests/test_checkpoints.py tests/test_benchmarks_gpu.py $(TESTS)
+FRAMEWORKS = torch==2.13.0 onnxscript 'dask[array]' distributed
+test-frameworks: .venv-frameworks/ready
+	DCN_NP_TEST_FRAMEWORKS=1 .venv-frameworks/bin/python -m pytest -W default \
+		tests/frameworks tests/test_pth.py tests/test_checkpoints.py tests/test_benchmarks_gpu.py \
+		tests/test_onnx.py tests/test_dask.py $(TESTS)
 
 # On a GPU, with the Python and packages that are there (CuPy, NVRTC, Cython, setuptools; pytest, hypothesis, ml_dtypes;
 # torch, torchvision): nothing is downloaded. The records go to benchmarks/results/.
@@ -62,9 +63,9 @@ sanitize: $(VENV)/ready-dev
 clean:
 	rm -rf $(VENV) build dist *.egg-info dcn_np/cpu/*.so
 
-.venv-torch/ready: $(SOURCES)
-	$(PYTHON) -m venv .venv-torch
-	.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[test]'
+.venv-frameworks/ready: $(SOURCES)
+	$(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/python -m pip install --quiet --disable-pip-version-check $(FRAMEWORKS) --editable '.[test]'
 	@touch $@
 
 $(BIN)/python:

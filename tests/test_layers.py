@@ -44,10 +44,12 @@ MAY_IMPORT = {
     "onnx": {"dcn_np"},
     "threads": {"cgroup", "cpu._native"},
     "reference": set(),
+    "tiling": {"geometry", "messages"},
+    "dask": {"cpu", "deform_conv", "geometry", "tiling"},
 }
 
 # Each for one framework, which it imports; nothing imports them.
-ADAPTERS = {"onnx", "torch"}
+ADAPTERS = {"dask", "onnx", "torch"}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
@@ -56,6 +58,7 @@ MAY_ALSO_REQUIRE = {
     "onnx": {"onnx", "onnxscript", "torch"},
     "cuda": {"ml_dtypes"},
     "cuda.device": {"cupy"},
+    "dask": {"dask"},
     "pth": {"ml_dtypes"},
 }
 
