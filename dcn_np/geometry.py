@@ -125,11 +125,13 @@ class Geometry:
                 weight.dtype,
                 None if bias is None else bias.dtype,
             ),
-            stride if type(stride) is int else _integers("stride", stride, 1),
-            padding if type(padding) is int else _integers("padding", padding, 2),
-            dilation if type(dilation) is int else _integers("dilation", dilation, 1),
-            groups if type(groups) is int else _integers("groups", groups, 0),
-            offset_groups if type(offset_groups) is int else _integers("offset_groups", offset_groups, 0),
+            stride if type(stride) is int else checked_integers("stride", stride, 1),
+            padding if type(padding) is int else checked_integers("padding", padding, 2),
+            dilation if type(dilation) is int else checked_integers("dilation", dilation, 1),
+            groups if type(groups) is int else checked_integers("groups", groups, 0),
+            offset_groups
+            if type(offset_groups) is int
+            else checked_integers("offset_groups", offset_groups, 0),
         )
 
     @cached_property
@@ -237,13 +239,13 @@ def _checked_geometry(
         batch=x[0],
         in_channels=x[1],
         out_channels=weight[0],
-        groups=_bounded("groups", groups, 1),
-        offset_groups=_bounded("offset_groups", offset_groups, 1),
+        groups=checked_number("groups", groups, 1),
+        offset_groups=checked_number("offset_groups", offset_groups, 1),
         input=x[2:],
         kernel=weight[2:],
-        stride=_per_axis("stride", stride, ndim),
-        padding=_pads(padding, ndim),
-        dilation=_per_axis("dilation", dilation, ndim),
+        stride=numbers_per_axis("stride", stride, ndim),
+        padding=pads_per_axis(padding, ndim),
+        dilation=numbers_per_axis("dilation", dilation, ndim),
         output=(),
         dtype=dtype,
         position_dtype=position_dtype,
@@ -260,15 +262,15 @@ def _checked_geometry(
 # ---- numbers
 
 
-def _integers(name: str, value: Any, depth: int) -> Any:
+def checked_integers(name: str, value: Any, depth: int) -> Any:
     """Return an int, or tuples of ints at most `depth` deep, all of exact type int."""
     if depth and isinstance(value, (tuple, list)):
         return tuple(
-            entry if type(entry) is int else _integers(f"{name}[{i}]", entry, depth - 1)
+            entry if type(entry) is int else checked_integers(f"{name}[{i}]", entry, depth - 1)
             for i, entry in enumerate(value)
         )
     if isinstance(value, numpy.ndarray) and 0 < value.ndim <= depth and value.dtype.kind in "iu":
-        return _integers(name, value.tolist(), depth)
+        return checked_integers(name, value.tolist(), depth)
     return _integer(name, value)
 
 
@@ -289,7 +291,7 @@ def _integer(name: str, value: Any) -> int:
     raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
 
 
-def _bounded(name: str, value: int, least: int) -> int:
+def checked_number(name: str, value: int, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} is {number(value)}; wanted at least {least}")
     if value > LARGEST:
@@ -297,29 +299,29 @@ def _bounded(name: str, value: int, least: int) -> int:
     return value
 
 
-def _per_axis(name: str, value: Any, ndim: int) -> Shape:
+def numbers_per_axis(name: str, value: Any, ndim: int) -> Shape:
     if isinstance(value, int):
-        return (_bounded(name, value, 1),) * ndim
-    _check_entries(name, value, ndim)
-    return tuple(_bounded(f"{name}[{axis}]", entry, 1) for axis, entry in enumerate(value))
+        return (checked_number(name, value, 1),) * ndim
+    check_entries(name, value, ndim)
+    return tuple(checked_number(f"{name}[{axis}]", entry, 1) for axis, entry in enumerate(value))
 
 
-def _pads(value: Any, ndim: int) -> Pads:
+def pads_per_axis(value: Any, ndim: int) -> Pads:
     if isinstance(value, int):
-        return ((_bounded("padding", value, 0),) * 2,) * ndim
-    _check_entries("padding", value, ndim)
-    return tuple(_pad(f"padding[{axis}]", entry) for axis, entry in enumerate(value))
+        return ((checked_number("padding", value, 0),) * 2,) * ndim
+    check_entries("padding", value, ndim)
+    return tuple(pad_of_axis(f"padding[{axis}]", entry) for axis, entry in enumerate(value))
 
 
-def _pad(name: str, value: Any) -> tuple[int, int]:
+def pad_of_axis(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, int):
-        return (_bounded(name, value, 0),) * 2
+        return (checked_number(name, value, 0),) * 2
     if len(value) != 2:
         raise ValueError(f"{name} has {count(len(value), 'entry')}; wanted an integer or a (begin, end) pair")
-    return _bounded(f"{name}[0]", value[0], 0), _bounded(f"{name}[1]", value[1], 0)
+    return checked_number(f"{name}[0]", value[0], 0), checked_number(f"{name}[1]", value[1], 0)
 
 
-def _check_entries(name: str, value: Sequence[Any], ndim: int) -> None:
+def check_entries(name: str, value: Sequence[Any], ndim: int) -> None:
     if len(value) != ndim:
         pairs = str((("begin", "end"),) * ndim).replace("'", "")
         raise ValueError(

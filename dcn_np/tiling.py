@@ -17,7 +17,14 @@ from typing import Any, TypeAlias
 import numpy
 from numpy.typing import NDArray
 
-from .geometry import _bounded, _check_entries, _integers, _pad, _pads, _per_axis
+from .geometry import (
+    check_entries,
+    checked_integers,
+    checked_number,
+    numbers_per_axis,
+    pad_of_axis,
+    pads_per_axis,
+)
 from .messages import count
 
 Array: TypeAlias = NDArray[Any]
@@ -140,10 +147,10 @@ def required_halo(
         raise ValueError(
             f"offset has {count(offset.ndim, 'axis')}; wanted 3, 4 or 5: (batch, channels, *output)"
         )
-    kernels = _per_axis("kernel_size", _integers("kernel_size", kernel_size, 1), ndim)
-    strides = _per_axis("stride", _integers("stride", stride, 1), ndim)
-    dilations = _per_axis("dilation", _integers("dilation", dilation, 1), ndim)
-    pads = _pads(_integers("padding", padding, 2), ndim)
+    kernels = numbers_per_axis("kernel_size", checked_integers("kernel_size", kernel_size, 1), ndim)
+    strides = numbers_per_axis("stride", checked_integers("stride", stride, 1), ndim)
+    dilations = numbers_per_axis("dilation", checked_integers("dilation", dilation, 1), ndim)
+    pads = pads_per_axis(checked_integers("padding", padding, 2), ndim)
     channels = math.prod(kernels) * ndim
     if offset.shape[1] % channels:
         raise ValueError(
@@ -224,8 +231,8 @@ def _halo_of_tap(offset: Array, tap: Sequence[int], axes: Sequence[Axis], first:
 
 def checked_halo(halo: Any, ndim: int) -> Pairs:
     """Return (before, after) per axis, of one integer, one per axis or one pair per axis."""
-    halo = _integers("halo", halo, 2)
+    halo = checked_integers("halo", halo, 2)
     if isinstance(halo, int):
-        return ((_bounded("halo", halo, 0),) * 2,) * ndim
-    _check_entries("halo", halo, ndim)
-    return tuple(_pad(f"halo[{axis}]", entry) for axis, entry in enumerate(halo))
+        return ((checked_number("halo", halo, 0),) * 2,) * ndim
+    check_entries("halo", halo, ndim)
+    return tuple(pad_of_axis(f"halo[{axis}]", entry) for axis, entry in enumerate(halo))
