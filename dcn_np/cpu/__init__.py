@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,13 +155,10 @@ _ALIGNMENT = 64  # of a line of cache, and what jax asks for before it takes an 
 
 def _empty_like(array: Any, shape: tuple[int, ...]) -> Any:
     """Return a new array with the dtype and memory order of another, aligned."""
-    like = numpy.empty_like(array, shape=shape)
-    start = like.__array_interface__["data"][0]
-    if start % _ALIGNMENT == 0:
-        return like
-    raw = numpy.empty(like.nbytes + _ALIGNMENT, numpy.uint8)
+    strides = None if array.flags.c_contiguous else numpy.empty_like(array, shape=shape).strides
+    raw = numpy.empty(math.prod(shape) * array.itemsize + _ALIGNMENT, numpy.uint8)
     start = -raw.__array_interface__["data"][0] % _ALIGNMENT
-    return numpy.ndarray(shape, like.dtype, raw, start, like.strides)
+    return numpy.ndarray(shape, array.dtype, raw, start, strides)
 
 
 def _isa() -> int:
@@ -169,15 +167,14 @@ def _isa() -> int:
 
 
 def _how(geometry: Geometry) -> tuple[int, int, int, int, int, Any]:
-    images = _STORAGES.get(geometry.dtype.name, 0)
-    return (
-        _isa(),
-        _DTYPES[_FLOAT32 if images else geometry.dtype],
-        images,
-        _STORAGES.get(geometry.position_dtype.name, 0),
-        get_num_threads(),
-        geometry.struct,
-    )
+    images, positions = _storage(geometry.dtype), _storage(geometry.position_dtype)
+    dtype = _DTYPES[_FLOAT32 if images else geometry.dtype]
+    return _isa(), dtype, images, positions, get_num_threads(), geometry.struct
+
+
+def _storage(dtype: Any) -> int:
+    # The name of a dtype takes NumPy microseconds.
+    return _STORAGES[dtype.name] if dtype.itemsize == 2 else 0
 
 
 def _copied(computed: Any, wanted: Any) -> Any:
