@@ -61,7 +61,7 @@ sanitize: $(VENV)/ready-dev
 	tools/sanitize.sh $(BIN)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info dcn_np/cpu/*.so
+	rm -rf $(VENV) .venv-frameworks build dist *.egg-info dcn_np/*.so dcn_np/cpu/*.so
 
 .venv-frameworks/ready: $(SOURCES)
 	$(PYTHON) -m venv .venv-frameworks

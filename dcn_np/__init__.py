@@ -2,6 +2,7 @@
 
     deform_conv ─► geometry, arrays        what comes in is checked once
                 └► backends ─► cpu ─► _native ─► C++ for one instruction set
+                            └► cuda ─► kernels compiled by NVRTC
 
 Each module imports only what stands to its right or below. ARCHITECTURE.md says which file answers which
 question.

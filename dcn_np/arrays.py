@@ -272,7 +272,7 @@ def _importer(library: str, sample: Any) -> Any:
         It has none.
     """
     module, function = _IMPORTERS.get(library, (library, "from_dlpack"))
-    found = getattr(sys.modules.get(module) or _imported(module), function, None)
+    found = getattr(_imported(module), function, None)
     if found is None and hasattr(sample, "__array_namespace__"):
         found = getattr(sample.__array_namespace__(), "from_dlpack", None)
     if found is None:

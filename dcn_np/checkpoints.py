@@ -18,6 +18,9 @@ from .messages import count, listed, shown
 Array: TypeAlias = NDArray[Any]
 MaskActivation: TypeAlias = Literal["sigmoid", "2*sigmoid"]
 
+# What makes masks of a branch's output is this times the logistic function.
+MASK_FACTORS = {"sigmoid": 1, "2*sigmoid": 2}
+
 
 @dataclass(frozen=True, eq=False)
 class DeformConvWeights:

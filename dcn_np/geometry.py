@@ -239,12 +239,12 @@ def _checked_geometry(
         batch=x[0],
         in_channels=x[1],
         out_channels=weight[0],
-        groups=checked_number("groups", groups, 1),
-        offset_groups=checked_number("offset_groups", offset_groups, 1),
+        groups=_checked_number("groups", groups, 1),
+        offset_groups=_checked_number("offset_groups", offset_groups, 1),
         input=x[2:],
         kernel=weight[2:],
         stride=numbers_per_axis("stride", stride, ndim),
-        padding=pads_per_axis(padding, ndim),
+        padding=pads_per_axis("padding", padding, ndim),
         dilation=numbers_per_axis("dilation", dilation, ndim),
         output=(),
         dtype=dtype,
@@ -291,7 +291,7 @@ def _integer(name: str, value: Any) -> int:
     raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
 
 
-def checked_number(name: str, value: int, least: int) -> int:
+def _checked_number(name: str, value: int, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} is {number(value)}; wanted at least {least}")
     if value > LARGEST:
@@ -301,27 +301,27 @@ def checked_number(name: str, value: int, least: int) -> int:
 
 def numbers_per_axis(name: str, value: Any, ndim: int) -> Shape:
     if isinstance(value, int):
-        return (checked_number(name, value, 1),) * ndim
-    check_entries(name, value, ndim)
-    return tuple(checked_number(f"{name}[{axis}]", entry, 1) for axis, entry in enumerate(value))
+        return (_checked_number(name, value, 1),) * ndim
+    _check_entries(name, value, ndim)
+    return tuple(_checked_number(f"{name}[{axis}]", entry, 1) for axis, entry in enumerate(value))
 
 
-def pads_per_axis(value: Any, ndim: int) -> Pads:
+def pads_per_axis(name: str, value: Any, ndim: int) -> Pads:
     if isinstance(value, int):
-        return ((checked_number("padding", value, 0),) * 2,) * ndim
-    check_entries("padding", value, ndim)
-    return tuple(pad_of_axis(f"padding[{axis}]", entry) for axis, entry in enumerate(value))
+        return ((_checked_number(name, value, 0),) * 2,) * ndim
+    _check_entries(name, value, ndim)
+    return tuple(_pad_of_axis(f"{name}[{axis}]", entry) for axis, entry in enumerate(value))
 
 
-def pad_of_axis(name: str, value: Any) -> tuple[int, int]:
+def _pad_of_axis(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, int):
-        return (checked_number(name, value, 0),) * 2
+        return (_checked_number(name, value, 0),) * 2
     if len(value) != 2:
         raise ValueError(f"{name} has {count(len(value), 'entry')}; wanted an integer or a (begin, end) pair")
-    return checked_number(f"{name}[0]", value[0], 0), checked_number(f"{name}[1]", value[1], 0)
+    return _checked_number(f"{name}[0]", value[0], 0), _checked_number(f"{name}[1]", value[1], 0)
 
 
-def check_entries(name: str, value: Sequence[Any], ndim: int) -> None:
+def _check_entries(name: str, value: Sequence[Any], ndim: int) -> None:
     if len(value) != ndim:
         pairs = str((("begin", "end"),) * ndim).replace("'", "")
         raise ValueError(

@@ -20,6 +20,7 @@ import numpy
 
 from .arrays import Array, kind_of
 from .backends import backend_of
+from .checkpoints import MASK_FACTORS
 from .deform_conv import (
     Extents,
     Padding,
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 Seed = numpy.random.Generator | int | None
-
-# What the branch's channels for the masks go through is this times the logistic function.
-_FACTORS = {"sigmoid": 1, "2*sigmoid": 2}
 
 __all__ = [
     "Conv1d",
@@ -440,12 +438,12 @@ class _Deformable(_Layer):
             raise ValueError(
                 f"mask_activation is {shown(value)}; {type(self).__name__} makes no masks: wanted None"
             )
-        if value is not None and value not in _FACTORS:
-            raise ValueError(f"mask_activation is {shown(value)}; wanted one of {listed(list(_FACTORS))}")
+        if value is not None and value not in MASK_FACTORS:
+            raise ValueError(f"mask_activation is {shown(value)}; wanted one of {listed(list(MASK_FACTORS))}")
         return "sigmoid" if self.modulated and value is None else value
 
     def _factor(self) -> int:
-        return _FACTORS[self.mask_activation or "sigmoid"]
+        return MASK_FACTORS[self.mask_activation or "sigmoid"]
 
 
 # ---- the layers

@@ -17,14 +17,7 @@ from typing import Any, TypeAlias
 import numpy
 from numpy.typing import NDArray
 
-from .geometry import (
-    check_entries,
-    checked_integers,
-    checked_number,
-    numbers_per_axis,
-    pad_of_axis,
-    pads_per_axis,
-)
+from .geometry import checked_integers, numbers_per_axis, pads_per_axis
 from .messages import count
 
 Array: TypeAlias = NDArray[Any]
@@ -150,7 +143,7 @@ def required_halo(
     kernels = numbers_per_axis("kernel_size", checked_integers("kernel_size", kernel_size, 1), ndim)
     strides = numbers_per_axis("stride", checked_integers("stride", stride, 1), ndim)
     dilations = numbers_per_axis("dilation", checked_integers("dilation", dilation, 1), ndim)
-    pads = pads_per_axis(checked_integers("padding", padding, 2), ndim)
+    pads = pads_per_axis("padding", checked_integers("padding", padding, 2), ndim)
     channels = math.prod(kernels) * ndim
     if offset.shape[1] % channels:
         raise ValueError(
@@ -231,8 +224,4 @@ def _halo_of_tap(offset: Array, tap: Sequence[int], axes: Sequence[Axis], first:
 
 def checked_halo(halo: Any, ndim: int) -> Pairs:
     """Return (before, after) per axis, of one integer, one per axis or one pair per axis."""
-    halo = checked_integers("halo", halo, 2)
-    if isinstance(halo, int):
-        return ((checked_number("halo", halo, 0),) * 2,) * ndim
-    check_entries("halo", halo, ndim)
-    return tuple(pad_of_axis(f"halo[{axis}]", entry) for axis, entry in enumerate(halo))
+    return pads_per_axis("halo", checked_integers("halo", halo, 2), ndim)

@@ -17,6 +17,7 @@ from torch._prims_common import suggest_memory_format
 
 import dcn_np
 from dcn_np import checkpoints
+from dcn_np.checkpoints import MASK_FACTORS
 
 __all__ = [
     "DeformConv1d",
@@ -359,7 +360,6 @@ def deform_conv2d(
 # ---- modules
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_ACTIVATIONS = {"sigmoid": 1.0, "2*sigmoid": 2.0}
 
 
 class _DeformConv(nn.Module):
@@ -402,8 +402,8 @@ class _DeformConv(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if mask_activation not in _ACTIVATIONS:
-            raise ValueError(f"mask_activation is {mask_activation!r}; wanted one of {sorted(_ACTIVATIONS)}")
+        if mask_activation not in MASK_FACTORS:
+            raise ValueError(f"mask_activation is {mask_activation!r}; wanted one of {sorted(MASK_FACTORS)}")
         kernel, self.stride, self.padding, self.dilation = (
             tuple(_per_axis(value, self.ndim)) for value in (kernel_size, stride, padding, dilation)
         )
@@ -427,7 +427,7 @@ class _DeformConv(nn.Module):
             offsets = self.offset_groups * self.taps * self.ndim
             offset, mask = offset[:, :offsets], torch.sigmoid(offset[:, offsets:])
             if self.mask_activation != "sigmoid":
-                mask = mask * _ACTIVATIONS[self.mask_activation]
+                mask = mask * MASK_FACTORS[self.mask_activation]
         return modulated_deform_conv(
             x,
             offset,
@@ -536,7 +536,7 @@ def load_state_dict_from(
             f"module is a {type(module).__name__}; wanted a deformable convolution of dcn_np.torch"
         )
     arrays = {
-        key: value.detach().float().numpy() if isinstance(value, Tensor) else value
+        key: value.detach().float().numpy() if isinstance(value, Tensor) and key.startswith(prefix) else value
         for key, value in state_dict.items()
     }
     branch = None if library == "torchvision" else module.modulated

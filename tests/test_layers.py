@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "cuda.tuning": {"cuda.launching", "cuda.modules", "geometry"},
     "cuda.nvrtc": set(),
     "checkpoints": {"messages"},
-    "layers": {"arrays", "backends", "deform_conv", "geometry", "messages"},
+    "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
     "pth": {"messages"},
     "cgroup": set(),
     "torch": {"checkpoints", "dcn_np"},

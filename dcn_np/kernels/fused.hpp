@@ -2,7 +2,7 @@
 //
 // DCN_T: what images and weights are stored in (Float16, BFloat16 or float); DCN_P: offsets and masks;
 // DCN_STRICT: with float, 1 keeps every bit of the factors (three products of TF32 numbers for each), 0 rounds
-// them to TF32. DCN_ROW: bytes in a row of a tile, 128, 64 or 32: the channels of one step.
+// them to TF32. DCN_ROW: bytes in a row of a tile, 128 or 64: the channels of one step.
 //
 // A row is cut into chunks of 16 bytes, 8 halves or 4 floats. One product of tiles takes two chunks of every
 // row, whatever the type: the matrices that load_matrices() loads are then just the operands.
@@ -209,20 +209,13 @@ struct WarpSums {
 
 // ---- the table of samples
 
-// Of one tap at one position: a place in x, counted in chunks from the tile's first image, and which corners are
-// to be read; then the corners' weights with the mask.
-struct Sample {
-  int32_t place_and_corners;
-  float4 weight;
-};
-
 constexpr int kCornerBits = 4;
 
 struct SampleTable {
-  int32_t* places;  // (taps, positions)
+  // Of each sample, by what the kernel numbers them: a place in x, counted in chunks from the tile's first image,
+  // above the bits that say which corners are to be read; and the corners' weights with the mask.
+  int32_t* places;
   float4* weights;
-
-  static constexpr int kBytes = sizeof(float4) + sizeof(int32_t);  // per sample
 
   DCN_INLINE SampleTable(unsigned char* memory, int samples)
       : places(reinterpret_cast<int32_t*>(memory + samples * sizeof(float4))),

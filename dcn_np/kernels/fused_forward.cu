@@ -22,8 +22,7 @@ constexpr int kProducts = kRow / (2 * kChunk);  // of tiles, in one step
 // The columns of the next step come in so many parts: with large tiles of sums few registers are left for them.
 constexpr int kParts = kChunksPerThread < kProducts ? kChunksPerThread : kProducts;
 constexpr int kAtOnce = kChunksPerThread / kParts, kProductsPerPart = kProducts / kParts;
-
-constexpr int kStepsPerPiece = 128 / kChannels > 0 ? 128 / kChannels : 1;
+constexpr int kStepsPerPiece = 128 / kChannels;
 constexpr int kPitch = 65;  // floats in a row of results on their way out, 64 of them used
 static_assert(kBM * kChunks % kThreads == 0 && kChunksPerThread % kParts == 0 && kProducts % kParts == 0);
 
@@ -151,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) fused_forward(const Ar
   // Through shared memory, 64 outputs at a time, so that neighbouring threads write side by side whichever way y
   // lies. Where each position lies in y comes first.
   float* const results = reinterpret_cast<float*>(dynamic_shared());
-  int64_t* const places = reinterpret_cast<int64_t*>(results + kBM * kPitch + kBM % 2);
+  int64_t* const places = reinterpret_cast<int64_t*>(results + kBM * kPitch);
   wait_for_copies<0>();
   barrier();
   for (int p = thread; p < kBM; p += kThreads)
