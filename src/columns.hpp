@@ -84,7 +84,7 @@ struct Displacement {
     return read<L>(mask, tap, position, count, L::real(1));
   }
   // The planes of different taps lie far apart, too many streams for the processor to foresee.
-  void prefetch(int64_t tap, int64_t position, int64_t count) const {
+  DCN_INLINE void prefetch(int64_t tap, int64_t position, int64_t count) const {
     for (int axis = 0; axis < NDim; ++axis) prefetch(offset, tap * NDim + axis, position, count);
     prefetch(mask, tap, position, count);
   }
@@ -98,11 +98,10 @@ struct Displacement {
   }
 
  private:
-  static void prefetch(const Planes& planes, int64_t channel, int64_t position, int64_t count) {
-    if (!planes.data || planes.position != sizeof(T)) return;
-    const char* from = planes.data + channel * planes.channel + position * planes.position;
-    for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64)
-      __builtin_prefetch(from + byte);
+  static DCN_INLINE void prefetch(const Planes& planes, int64_t channel, int64_t position, int64_t count) {
+    if (planes.data && planes.position == sizeof(T))
+      prefetch_lines<false>(planes.data + channel * planes.channel + position * planes.position,
+                            count * planes.position);
   }
   template <class L>
   DCN_INLINE typename L::Real read(const Planes& planes, int64_t channel, int64_t position, int64_t count,

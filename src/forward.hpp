@@ -196,6 +196,7 @@ class ForwardRun {
       for (int64_t group = 0; group < geometry().groups; ++group)
         for (int64_t panel = 0; panel < plan_.panels.count(); ++panel) {
           if (!team_.keep_going(thread)) return false;
+          if (end == plan_.taps) expect_output(first_image + slot, tile, group, panel);
           multiply_chunk(tile.count, group, panel, first, end - first, mine);
         }
     }
@@ -212,6 +213,23 @@ class ForwardRun {
     multiply_panel<T>(panels, panel, positions, columns, plan_.columns_stride,
                       Terms{taps, geometry().in_channels, inputs, 1}, kOutputPiece, weights, sums,
                       plan_.sums_stride, first_tap == 0);
+  }
+
+  // Fetches the lines of the output that write() fills soon. The planes of the channels lie far apart, so without it
+  // each line is waited for: a tenth of the time where the output is larger than the caches near to the core.
+  DCN_INLINE void expect_output(int64_t image, const Tile<NDim>& tile, int64_t group, int64_t panel) {
+    const Planes& output = arguments_.output;
+    if (output.position > static_cast<int64_t>(sizeof(T))) return;
+    const int64_t first = plan_.panels.first(panel);
+    const int64_t columns = least(plan_.panels.width(panel), plan_.group_outputs - first);
+    const char* to = output_at(image, group * plan_.group_outputs + first, tile);
+    for (int64_t column = 0; column < columns; ++column)
+      prefetch_lines<true>(to + column * output.channel, tile.count * output.position);
+  }
+
+  char* output_at(int64_t image, int64_t channel, const Tile<NDim>& tile) const {
+    const Planes& output = arguments_.output;
+    return output.data + image * output.batch + channel * output.channel + tile.first * output.position;
   }
 
   // Taps past the first piece are summed on the side, and the piece is then added.
@@ -241,9 +259,9 @@ class ForwardRun {
     const int64_t outputs = plan_.group_outputs;
     for (int64_t group = 0; group < (plan_.depthwise ? 1 : geometry().groups); ++group) {
       const int64_t channel = group * outputs;
-      char* to = output.data + image * output.batch + channel * output.channel + tile.first * output.position;
       const T* bias = static_cast<const T*>(arguments_.bias);
-      const StoredMatrix<T> stored = {to, output.position, output.channel, arguments_.images};
+      const StoredMatrix<T> stored = {output_at(image, channel, tile), output.position, output.channel,
+                                      arguments_.images};
       stored.copy_from(tile.count, plan_.depthwise ? geometry().out_channels : outputs,
                        {sums + group * plan_.panels.padded(), plan_.sums_stride, 1},
                        bias ? bias + channel : nullptr);
