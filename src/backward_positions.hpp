@@ -84,8 +84,10 @@ class PositionPass : public BackwardRound<T, NDim> {
   void scatter_tap(int64_t slot, int64_t index, const Tile<NDim>& tile, int64_t tap, int64_t at, Thread& mine,
                    const Gradient& gradient) {
     const Block& block = buffers_.blocks[index];
-    locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved(slot, block.offset_group),
-                   x_of(slot, block), buffers_.zeros, grad_x_of(slot, block), mine.nowhere, *mine.corners);
+    const Displacement<T, NDim> moved = this->moved(slot, block.offset_group);
+    moved.prefetch(tap + 1, tile.first, tile.count);
+    locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved, x_of(slot, block),
+                   buffers_.zeros, grad_x_of(slot, block), mine.nowhere, *mine.corners);
     T* dots = plan_.grads_at_positions ? dots_of(slot, index, tap, at) : nullptr;
     const auto pass = [&](int64_t channels) __attribute__((always_inline)) {
       if (!plan_.grads_at_positions)
@@ -118,6 +120,8 @@ class PositionPass : public BackwardRound<T, NDim> {
     const Displacement<T, NDim> moved = this->moved(slot, group);
     const Displacement<T, NDim> gradients(arguments_.grad_offset, arguments_.grad_mask, arguments_.positions,
                                           plan_.taps, first_image_ + slot, group);
+    moved.prefetch(tap.index + 1, tile.first, tile.count);
+    gradients.template prefetch<true>(tap.index + 1, tile.first, tile.count);
     with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry()), [&](auto lanes) {
       using L = decltype(lanes);
       for (int64_t p = 0; p < tile.count; p += L::count) {

@@ -74,11 +74,13 @@ class WeightPass : public BackwardRound<T, NDim> {
                             int64_t count, Thread& mine, const Body& body) {
     static_assert(kPositionPiece % kGatherPositions == 0 && kGatherPositions <= kTilePositions);
     const Pixels<NDim> pixels = x_of(slot, block);
+    const Displacement<T, NDim> moved = this->moved(slot, block.offset_group);
     for (int64_t at = 0; at < count; at += kGatherPositions) {
       const Tile<NDim> tile(geometry(), first + at, least(kGatherPositions, count - at));
       for (int64_t tap = first_tap; tap < first_tap + taps; ++tap) {
-        locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved(slot, block.offset_group), pixels,
-                      buffers_.zeros, *mine.samples);
+        moved.prefetch(tap + 1, tile.first, tile.count);
+        locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels, buffers_.zeros,
+                      *mine.samples);
         body(tile, at, tap);
       }
     }

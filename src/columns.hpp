@@ -83,10 +83,13 @@ struct Displacement {
   typename L::Real masks(int64_t tap, int64_t position, int64_t count) const {
     return read<L>(mask, tap, position, count, L::real(1));
   }
-  // The planes of different taps lie far apart, too many streams for the processor to foresee.
+  // Asks for a tap's numbers, to be read or written soon. The planes of different taps lie far apart, too many
+  // streams for the processor to foresee. Past the last tap it does nothing.
+  template <bool kWrite = false>
   DCN_INLINE void prefetch(int64_t tap, int64_t position, int64_t count) const {
-    for (int axis = 0; axis < NDim; ++axis) prefetch(offset, tap * NDim + axis, position, count);
-    prefetch(mask, tap, position, count);
+    if (tap >= taps) return;
+    for (int axis = 0; axis < NDim; ++axis) prefetch<kWrite>(offset, tap * NDim + axis, position, count);
+    prefetch<kWrite>(mask, tap, position, count);
   }
   template <class L>
   void write_offsets(int64_t tap, int axis, int64_t position, int64_t count, typename L::Real values) const {
@@ -98,9 +101,10 @@ struct Displacement {
   }
 
  private:
+  template <bool kWrite>
   static DCN_INLINE void prefetch(const Planes& planes, int64_t channel, int64_t position, int64_t count) {
-    if (planes.data && planes.position == sizeof(T))
-      prefetch_lines<false>(planes.data + channel * planes.channel + position * planes.position,
+    if (planes.data && planes.position <= static_cast<int64_t>(sizeof(T)))
+      prefetch_lines<kWrite>(planes.data + channel * planes.channel + position * planes.position,
                             count * planes.position);
   }
   template <class L>

@@ -176,7 +176,7 @@ class ForwardRun {
                                         image, group);
       const Pixels<NDim> pixels = plan_.x.view(image, image_buffer(slot), group * channels, channels);
       for (int64_t tap = begin; tap < end; ++tap) {
-        if (tap + 1 < end) moved.prefetch(tap + 1, tile.first, tile.count);
+        moved.prefetch(tap + 1, tile.first, tile.count);
         locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels, buffers_.zeros, samples);
         body(tap, group * channels, channels);
       }
