@@ -86,8 +86,8 @@ class PositionPass : public BackwardRound<T, NDim> {
     const Block& block = buffers_.blocks[index];
     const Displacement<T, NDim> moved = this->moved(slot, block.offset_group);
     moved.prefetch(tap + 1, tile.first, tile.count);
-    locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved, x_of(slot, block),
-                   buffers_.zeros, grad_x_of(slot, block), mine.nowhere, *mine.corners);
+    locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved, x_of(slot, block), buffers_.zeros,
+                   grad_x_of(slot, block), mine.nowhere, *mine.corners);
     T* dots = plan_.grads_at_positions ? dots_of(slot, index, tap, at) : nullptr;
     const auto pass = [&](int64_t channels) __attribute__((always_inline)) {
       if (!plan_.grads_at_positions)

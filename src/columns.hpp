@@ -105,7 +105,7 @@ struct Displacement {
   static DCN_INLINE void prefetch(const Planes& planes, int64_t channel, int64_t position, int64_t count) {
     if (planes.data && planes.position <= static_cast<int64_t>(sizeof(T)))
       prefetch_lines<kWrite>(planes.data + channel * planes.channel + position * planes.position,
-                            count * planes.position);
+                             count * planes.position);
   }
   template <class L>
   DCN_INLINE typename L::Real read(const Planes& planes, int64_t channel, int64_t position, int64_t count,
