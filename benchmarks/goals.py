@@ -10,6 +10,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from dcn_np.commands.bench import BASELINE
 from dcn_np.commands.bench_timing import Case, in_round_ratio
@@ -38,6 +39,10 @@ class Row:
         if math.isnan(self.reached):
             return None
         return self.reached >= self.goal if self.at_least else self.reached <= self.goal
+
+    def record(self) -> dict[str, Any]:
+        """The row as JSON."""
+        return dataclasses.asdict(self) | {"met": self.met}
 
     def __str__(self) -> str:
         verdict = {True: "met", False: "MISSED", None: "not measured"}[self.met]

@@ -47,10 +47,13 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def about(found: Sequence[Implementation], missing: Mapping[str, str]) -> dict[str, Any]:
-    """The environment, the commit and the versions of the peers."""
+def begin(versions: Mapping[str, str], missing: Mapping[str, str]) -> dict[str, Any]:
+    """Print what is missing and what is timed; return the environment, the commit and all versions."""
+    for name, reason in missing.items():
+        print(f"without {name}: {reason}", file=sys.stderr)
     record = bench.environment() | {"commit": machine.commit(), "missing": dict(missing)}
-    record["versions"] |= {peer.name: peer.version for peer in found}
+    record["versions"] |= versions
+    print(f"dcn_np {dcn_np.__version__} at {record['commit']}, {record['isa']}, {record['machine']}\n")
     return record
 
 
@@ -63,7 +66,7 @@ def time_all(arguments: argparse.Namespace, found: Sequence[Implementation]) -> 
     print_busy(cases)
     names = {implementation.name for implementation in own}
     wrong = any(case.refused for case in cases if case.implementation.name in names)
-    record = {"results": [case.record() for case in cases], "goals": [_goal_record(row) for row in rows]}
+    record = {"results": [case.record() for case in cases], "goals": [row.record() for row in rows]}
     return record, int(wrong)
 
 
@@ -86,11 +89,6 @@ def print_busy(cases: Sequence[bench_timing.Case]) -> None:
             print(f"  {' '.join(words)}, threads {case.threads}: spread {case.spread:.1f}")
 
 
-def _goal_record(row: goals.Row) -> dict[str, Any]:
-    names = ("title", "at_least", "goal", "reached", "unit", "shapes", "met")
-    return {name: getattr(row, name) for name in names}
-
-
 def measure_memory(arguments: argparse.Namespace, found: Sequence[Implementation]) -> dict[str, Any]:
     """Memory of every case, each in its own process."""
     implementations = [*bench.own_implementations(arguments.isa), *found]
@@ -111,10 +109,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     arguments = parser().parse_args(words)
     found, missing = peers.load(name for name in arguments.peers if name != "none")
-    for name, reason in missing.items():
-        print(f"without {name}: {reason}", file=sys.stderr)
-    record = about(found, missing)
-    print(f"dcn_np {dcn_np.__version__} at {record['commit']}, {record['isa']}, {record['machine']}\n")
+    record = begin({peer.name: peer.version for peer in found}, missing)
     status = 0
     if arguments.memory:
         measured = measure_memory(arguments, found)

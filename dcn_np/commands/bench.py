@@ -119,12 +119,25 @@ def add_arguments(parser: argparse.ArgumentParser, shapes: Sequence[str] = SHORT
     add = parser.add_argument
     names = f"{', '.join(PROBLEMS)}; {words} {','.join(shapes)}"
     add("--shapes", type=subset(PROBLEMS), default=list(shapes), help=names)
-    add("--passes", type=subset(PASSES), default=list(PASSES), help=f"{words} forward,both")
-    add("--threads", type=_counts, default=None, help=f"{words} 1 and all that may be used")
+    add_pass_arguments(parser)
     add("--dtype", type=subset(DTYPES), default=["float32"], help=f"{words} float32")
     add("--isa", type=subset(dcn_np.available_isas()), default=[], help=f"{words} the one in use")
-    add("--rounds", type=_count, default=7, help="default 7")
-    add("--json", type=Path, default=None, metavar="FILE", help="write the measurements there")
+    add_run_arguments(parser)
+
+
+def add_pass_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the passes and threads to time."""
+    words = "comma-separated; default"
+    parser.add_argument("--passes", type=subset(PASSES), default=list(PASSES), help=f"{words} forward,both")
+    parser.add_argument("--threads", type=_counts, default=None, help=f"{words} 1 and all that may be used")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, rounds: int = 7) -> None:
+    """Add how often to time, and where to write."""
+    parser.add_argument("--rounds", type=_count, default=rounds, help=f"default {rounds}")
+    parser.add_argument(
+        "--json", type=Path, default=None, metavar="FILE", help="write the measurements there"
+    )
 
 
 def subset(names: Iterable[str]) -> Callable[[str], list[str]]:

@@ -72,6 +72,13 @@ class Case:
         return record | {"median": statistics.median(self.seconds) if self.seconds else None}
 
 
+class Timed(Protocol):
+    """What `interleave` knows of a case."""
+
+    calls: int
+    seconds: list[float]
+
+
 def measure(work: Work, calls: int) -> float:
     """Seconds per call; before a series of short calls, one more to warm the caches."""
     with work.settings():
@@ -90,19 +97,25 @@ def validate(work: Work, expected: Expected, passes: str) -> dict[str, float]:
         return expected.residuals(results, passes)
 
 
-def interleave(cases: Sequence[tuple[Case, Work]], rounds: int, settle: float = SETTLE_SECONDS) -> None:
+def interleave(
+    cases: Sequence[tuple[Timed, Work]],
+    rounds: int,
+    settle: float = SETTLE_SECONDS,
+    progress: Callable[[list[int]], Iterable[int]] = iter,
+) -> None:
     """Time all cases in every round, in a new random order each round; nothing is discarded.
 
     Threads of the libraries wait for work by spinning. Each implementation has as many threads as its case
     says, and the pause before each turn is longer than they spin: nobody computes beside a spinning pool.
+    `progress` is given all turns, and gives them back one by one.
     """
     generator = numpy.random.default_rng()
     time.sleep(FIRST_SETTLE_SECONDS)
-    for _ in range(rounds):
-        for index in generator.permutation(len(cases)):
-            case, work = cases[index]
-            time.sleep(settle)
-            case.seconds.append(measure(work, case.calls))
+    turns = [int(index) for _ in range(rounds) for index in generator.permutation(len(cases))]
+    for index in progress(turns):
+        case, work = cases[index]
+        time.sleep(settle)
+        case.seconds.append(measure(work, case.calls))
 
 
 def time_problem(

@@ -1,8 +1,11 @@
 """dcn_np.torch: autograd, compilation, export, autocast, vmap, several processes; modules and networks."""
 
 import copy
+import importlib
 import math
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,9 @@ from torch.distributed.fsdp import fully_shard
 
 import dcn_np
 from dcn_np import torch as dcn_torch
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+resnet = importlib.import_module("resnet")
 
 FLOATS = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -266,47 +272,10 @@ def test_modules_are_copied_and_saved(tmp_path):
 # ---- the networks of the paper
 
 
-class Bottleneck(nn.Module):
-    """As in torchvision's ResNet, by the shapes alone."""
-
-    def __init__(self, inputs, width, outputs, stride, groups):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, groups=groups, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU()
-        self.downsample = None
-        if stride > 1 or inputs != outputs:
-            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
-
-    def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn3(self.conv3(self.relu(self.bn2(self.conv2(y)))))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-def resnet(blocks, groups=1, group_width=64):
-    stages, inputs = [], 64
-    for number, count in enumerate(blocks):
-        outputs, width = 256 * 2**number, int(64 * 2**number * group_width / 64) * groups
-        stage = []
-        for block in range(count):
-            stage.append(Bottleneck(inputs, width, outputs, 2 if block == 0 and number else 1, groups))
-            inputs = outputs
-        stages.append(nn.Sequential(*stage))
-    network = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-    network.append(nn.MaxPool2d(3, 2, 1))
-    for number, stage in enumerate(stages, 1):
-        network.add_module(f"layer{number}", stage)
-    return network.eval()
-
-
 NETWORKS = {
-    "ResNet-50": ((3, 4, 6, 3), 1, 64, 13),
-    "ResNet-101": ((3, 4, 23, 3), 1, 64, 30),
-    "ResNeXt-101": ((3, 4, 23, 3), 32, 8, 30),
+    "ResNet-50": (resnet.RESNET50, 1, 64, 13),
+    "ResNet-101": (resnet.RESNET101, 1, 64, 30),
+    "ResNeXt-101": (resnet.RESNET101, 32, 8, 30),
 }
 
 
@@ -314,7 +283,7 @@ NETWORKS = {
 def test_conv3_to_conv5_become_deformable(name):
     blocks, groups, width, count = NETWORKS[name]
     torch.manual_seed(0)
-    network, x = resnet(blocks, groups, width), torch.randn(1, 3, 64, 64)
+    network, x = resnet.resnet(blocks, groups, width), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = network(x)
         replaced = dcn_torch.replace_convs(network, mask_activation="2*sigmoid")
