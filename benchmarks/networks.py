@@ -44,7 +44,9 @@ OWN, RIVAL, ORDINARY = "dcn_np", "torchvision", bench.BASELINE
 SIZES = ("224x224", "800x1333")
 OFFSET_SIGMA = 1.5  # pixels
 TIMES_FASTER = 10.0  # than torchvision in the deformable layers, with one thread
-TOLERANCE = 1e-3  # of the norm of a result
+# Of the norm of a result. torchvision adds positions and offsets in float32: some samples land in the next
+# cell, where the value is the same and the derivative is not.
+TOLERANCES = {"output": 1e-4, "gradient": 2e-2}
 
 
 class TorchvisionConv(nn.Module):
@@ -156,10 +158,10 @@ def _fix_statistics(model: nn.Module, x: Tensor) -> None:
 # ---- what is run
 
 
-def residual(own: Network, rival: Network, x: Tensor) -> float:
-    """The largest error of a result of a layer, in norms of what the other network's layer gives; NaN counts.
+def residuals(own: Network, rival: Network, x: Tensor) -> dict[str, float]:
+    """The largest errors of a layer's output and gradients, in norms of what the other network's layer gives.
 
-    Both are given what our layer is given when `x` goes through our network.
+    Both are given what our layer is given when `x` goes through our network. NaN is larger than all else.
     """
     inputs: list[Tensor] = []
     hooks = [
@@ -172,20 +174,20 @@ def residual(own: Network, rival: Network, x: Tensor) -> float:
     errors = []
     for one, other, given in zip(own.layers, rival.layers, inputs, strict=True):
         pairs = zip(_results(one, given), _results(other, given), strict=True)
-        errors += [(result - expected).norm() / expected.norm() for result, expected in pairs]
-    return float(torch.stack(errors).max())
+        errors.append(torch.stack([(got - wanted).norm() / wanted.norm() for got, wanted in pairs]))
+    largest = torch.stack(errors).max(0).values
+    return {"output": float(largest[0]), "gradient": float(largest[1:].max())}
 
 
 def agree(found: Mapping[str, Network], x: Tensor, size: str) -> bool:
     """Print how far torchvision's layers are from ours, and tell whether rounding explains it."""
-    error = residual(found[OWN], found[RIVAL], x)
-    print(
-        f"{size}: layers on torchvision differ from ours by up to {error:.1e} of a result's norm", flush=True
-    )
-    if not error <= TOLERANCE:
-        print(f"more than {TOLERANCE}: nothing is timed", file=sys.stderr)
-        return False
-    return True
+    errors = residuals(found[OWN], found[RIVAL], x)
+    words = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    print(f"{size}: largest difference of a layer on torchvision from ours, of the norm: {words}", flush=True)
+    right = all(error <= TOLERANCES[name] for name, error in errors.items())
+    if not right:
+        print(f"more than {TOLERANCES}: nothing is timed", file=sys.stderr)
+    return right
 
 
 def _results(layer: nn.Module, x: Tensor) -> list[Tensor]:
