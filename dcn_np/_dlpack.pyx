@@ -57,6 +57,15 @@ cdef struct Versioned:
     Tensor tensor
 
 
+cdef struct Exchange:
+    # DLPackExchangeAPI of version 1, as far as it is used: a library's C functions for a type of arrays.
+    uint32_t major
+    uint32_t minor
+    void* previous
+    void* allocate
+    int (*from_array)(PyObject* array, Versioned** to) except -1
+
+
 cdef enum:
     CPU = 1
     CUDA_HOST = 3
@@ -121,7 +130,7 @@ cdef class Memory:
             raise BufferError(f"its elements have {tensor.dtype.lanes} lanes; wanted 1")
         self.is_bfloat16 = tensor.dtype.code == BFLOAT
         if tensor.dtype.code == FLOAT and tensor.dtype.bits in (16, 32, 64):
-            self.format[0] = {16: b"e", 32: b"f", 64: b"d"}[tensor.dtype.bits][0]
+            self.format[0] = c"e" if tensor.dtype.bits == 16 else c"f" if tensor.dtype.bits == 32 else c"d"
         elif tensor.dtype.code == BFLOAT and tensor.dtype.bits == 16:
             self.format[0] = b"H"
         else:
@@ -167,6 +176,12 @@ cdef class Memory:
         self.data = <char*> (<uintptr_t> tensor.data + <uintptr_t> tensor.byte_offset)
         return 0
 
+    cdef int fill_versioned(self) except -1:
+        if self.versioned.major != 1:
+            raise BufferError(f"its capsule has version {self.versioned.major} of DLPack; wanted 1")
+        self.writable = not self.versioned.flags & READ_ONLY
+        return self.fill(&self.versioned.tensor)
+
 
 def memory_of(capsule):
     """Take over the tensor in a capsule.
@@ -189,24 +204,51 @@ def memory_of(capsule):
         The capsule is used up, or what it says cannot be.
     """
     cdef Memory memory = Memory()
-    cdef Tensor* tensor
     if PyCapsule_IsValid(capsule, "dltensor_versioned"):
         memory.versioned = <Versioned*> PyCapsule_GetPointer(capsule, "dltensor_versioned")
         PyCapsule_SetName(capsule, "used_dltensor_versioned")
-        if memory.versioned.major != 1:
-            raise BufferError(f"its capsule has version {memory.versioned.major} of DLPack; wanted 1")
-        memory.writable = not memory.versioned.flags & READ_ONLY
-        tensor = &memory.versioned.tensor
+        memory.fill_versioned()
     elif PyCapsule_IsValid(capsule, "dltensor"):
         memory.managed = <Managed*> PyCapsule_GetPointer(capsule, "dltensor")
         PyCapsule_SetName(capsule, "used_dltensor")
         memory.writable = True
-        tensor = &memory.managed.tensor
+        memory.fill(&memory.managed.tensor)
     elif type(capsule).__name__ == "PyCapsule":
         raise BufferError("its capsule is used up, or none of DLPack")
     else:
         raise TypeError(f"its __dlpack__() is a {type(capsule).__name__}; wanted a capsule")
-    memory.fill(tensor)
+    return memory
+
+
+def is_exchange(capsule):
+    """Tell whether something is DLPack's table of C functions, of a version that is known here."""
+    if not PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
+        return False
+    return (<Exchange*> PyCapsule_GetPointer(capsule, "dlpack_exchange_api")).major == 1
+
+
+def memory_by(exchange, array):
+    """Take over the tensor that a library's C function makes of an array: what `__dlpack__` gives, sooner.
+
+    Parameters
+    ----------
+    exchange : PyCapsule
+        One that `is_exchange`, of the type of `array` itself: the function believes that.
+    array : object
+        An array in memory that the CPU can read.
+
+    Returns
+    -------
+    Memory
+        As of `memory_of`, which raises the same.
+    """
+    cdef Memory memory = Memory()
+    cdef Versioned* made = NULL
+    (<Exchange*> PyCapsule_GetPointer(exchange, "dlpack_exchange_api")).from_array(<PyObject*> array, &made)
+    if made == NULL:
+        raise BufferError("its C function made nothing")
+    memory.versioned = made
+    memory.fill_versioned()
     return memory
 
 

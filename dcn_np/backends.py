@@ -6,6 +6,7 @@ and computes; it never raises about arguments.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import numpy
@@ -85,9 +86,15 @@ def backend_of(array: Any) -> Backend:
     ImportError
         The backend needs what is not installed.
     """
+    kind: Any = type(array)
+    return _backend_of_type(kind)
+
+
+@lru_cache(maxsize=16)
+def _backend_of_type(kind: Any) -> Backend:
     from . import cpu
 
-    if isinstance(array, numpy.ndarray):
+    if issubclass(kind, numpy.ndarray):
         return cast(Backend, cpu)
     from . import cuda
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
+from typing import Any
 
 from .cgroup import cpu_quota
 
@@ -50,7 +51,8 @@ def get_num_threads() -> int:
     exact = _exact.get()
     if exact is not None:
         return exact
-    return max(1, min(_wanted() or available(), available()))
+    most = available()
+    return max(1, min(_wanted() or most, most))
 
 
 @contextmanager
@@ -90,14 +92,21 @@ def exactly(n: int) -> Iterator[None]:
 
 def available() -> int:
     """Return how many threads the surroundings allow: OpenMP, affinity mask, cgroup quota."""
-    from .cpu import _native
-
-    return min(_native.openmp_threads(), cgroup_cpus() or 2**31)
+    most: int = _native().openmp_threads()
+    return min(most, cgroup_cpus() or 2**31)
 
 
 def environment_limit() -> int | None:
     """Return DCN_NP_NUM_THREADS; a value that is not a positive integer is refused, not ignored."""
     return _parsed(os.environ.get("DCN_NP_NUM_THREADS"))
+
+
+@lru_cache(maxsize=1)
+def _native() -> Any:
+    """Import late what imports this module, and once: an import statement takes half a microsecond."""
+    from .cpu import _native
+
+    return _native
 
 
 @lru_cache(maxsize=1)

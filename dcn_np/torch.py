@@ -54,10 +54,10 @@ def _convolve(
     float32_matmul: str,
 ) -> Tensor:
     y = dcn_np.modulated_deform_conv(
-        x.detach(),
+        _detached(x),
         _detached(offset),
         _detached(mask),
-        weight.detach(),
+        _detached(weight),
         _detached(bias),
         stride,
         _pairs(padding),
@@ -66,7 +66,7 @@ def _convolve(
         offset_groups,
         float32_matmul=float32_matmul,
     )
-    return y.contiguous(memory_format=suggest_memory_format(x))
+    return y.contiguous(memory_format=_memory_format(x))
 
 
 @_convolve.register_fake
@@ -78,7 +78,7 @@ def _(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_g
         )
     ]
     shape = (x.shape[0], weight.shape[0], *output)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=suggest_memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
 
 
 @torch.library.custom_op("dcn_np::modulated_deform_conv_backward", mutates_args=())
@@ -98,11 +98,11 @@ def _convolve_backward(
     deterministic: bool,
 ) -> list[Tensor]:
     gradients = dcn_np.modulated_deform_conv_backward(
-        grad_output.detach(),
-        x.detach(),
+        _detached(grad_output),
+        _detached(x),
         _detached(offset),
         _detached(mask),
-        weight.detach(),
+        _detached(weight),
         stride,
         _pairs(padding),
         dilation,
@@ -128,7 +128,11 @@ def _(grad_output, x, offset, mask, weight, *parameters):  # type: ignore[no-unt
 
 
 def _detached(array: Tensor | None) -> Any:
-    return None if array is None else array.detach()
+    return array.detach() if array is not None and array.requires_grad else array
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
 
 
 def _pairs(padding: Sequence[int]) -> list[tuple[int, int]]:

@@ -216,6 +216,32 @@ class Broken(Tensor):
         raise RuntimeError("conjugated")
 
 
+class Placed(Tensor):
+    """One that says where it is twice."""
+
+    __module__ = "other_library"
+
+    def __init__(self, array, device, dlpack_device=(1, 0)):
+        super().__init__(array)
+        self.device, self.dlpack_device = device, dlpack_device
+
+    def __dlpack_device__(self):
+        return self.dlpack_device
+
+
+def test_devices_are_compared():
+    problem = problem_of()
+    arrays = problem.x, problem.offset, problem.mask, problem.weight
+    y = dcn_np.modulated_deform_conv(*[Placed(a, "cpu") for a in arrays], None, *problem.parameters)
+    assert np.array_equal(y.array, problem.replace(bias=None).forward(dcn_np))
+    *others, weight = [Placed(a, "cpu") for a in arrays]
+    weight.device, weight.dlpack_device = "gpu", (2, 0)
+    with pytest.raises(
+        ValueError, match="weight is a other_library array on CUDA device 0, but x is a other"
+    ):
+        dcn_np.modulated_deform_conv(*others, weight, None, *problem.parameters)
+
+
 def test_what_a_library_raises_is_passed_on_with_the_name():
     with pytest.raises(TypeError, match=r"^x is .*cannot be read through DLPack: conjugated"):
         call(problem_of(), Broken)
@@ -336,6 +362,51 @@ class Hostile:
         return new_capsule(ctypes.addressof(self.managed), self.name, None)
 
 
+class ExchangeTable(ctypes.Structure):
+    """DLPackExchangeAPI, as far as it is read."""
+
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("previous", ctypes.c_void_p),
+        ("allocate", ctypes.c_void_p),
+        ("from_array", ctypes.c_void_p),
+    )
+
+
+@ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(ctypes.c_void_p))
+def from_array(array, to):
+    array.asked += 1
+    to[0] = ctypes.addressof(array.managed)
+    return 0
+
+
+def table(function, major=1):
+    return ExchangeTable(major, 0, None, None, ctypes.cast(function, ctypes.c_void_p))
+
+
+def table_capsule(table, name=b"dlpack_exchange_api"):
+    return new_capsule(ctypes.addressof(table), name, None)
+
+
+# One that makes nothing: -1 where __bool__ raises, else 1.
+TABLE, SECOND, FAILING = table(from_array), table(from_array, 2), table(ctypes.pythonapi.PyObject_IsTrue)
+
+
+class Exchanging(Hostile):
+    """The same through C functions."""
+
+    __dlpack_c_exchange_api__ = table_capsule(TABLE)
+    __module__ = "other_library"
+
+    def __init__(self, **lies):
+        super().__init__(versioned=True, **lies)
+        self.asked = 0
+
+    def __dlpack__(self, **asked):
+        raise BufferError("its __dlpack__ was called")
+
+
 def consume(value):
     return dcn_np.deform_conv(value, None, Tensor(np.ones((1, 1, 1, 1), np.float32)))
 
@@ -393,6 +464,75 @@ def test_a_capsule_that_lies_is_refused_and_deleted_once(versioned, lie):
         consume(value)
     gc.collect()
     assert value.deleted == 1
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_c_function_that_lies_is_refused_and_what_it_made_deleted_once(lie):
+    value = Exchanging(**LIES[lie])
+    with pytest.raises(TypeError, match=r"^x is .*cannot be read through DLPack: its __dlpack__ was called"):
+        consume(value)
+    gc.collect()
+    assert (value.asked, value.deleted) == (1, 1)
+
+
+def test_c_functions_are_preferred():
+    value = Exchanging(shape=(1, 1, 2, 4), byte_offset=32)
+    y = consume(value)
+    assert np.array_equal(y.array, value.data[8:].reshape(1, 1, 2, 4))
+    gc.collect()
+    assert (value.asked, value.deleted) == (1, 1)
+    read_only = _dlpack.memory_by(Exchanging.__dlpack_c_exchange_api__, Exchanging(flags=1))
+    assert not np.asarray(read_only).flags.writeable
+
+
+@pytest.mark.parametrize("fails", [True, False], ids=["raises", "makes nothing"])
+def test_where_a_c_function_fails_the_method_is_asked(fails):
+    class Failing(Exchanging):
+        __module__ = "other_library"
+        __dlpack_c_exchange_api__ = table_capsule(FAILING)
+
+        def __bool__(self):
+            if fails:
+                raise RuntimeError("the C function does not like this one")
+            return True
+
+    with pytest.raises(TypeError, match=r"its __dlpack__ was called"):
+        consume(Failing())
+    with pytest.raises(RuntimeError if fails else BufferError, match=r"does not like|made nothing"):
+        _dlpack.memory_by(Failing.__dlpack_c_exchange_api__, Failing())
+
+
+@pytest.mark.parametrize(
+    "capsule",
+    [table_capsule(SECOND), table_capsule(TABLE, b"another"), "no capsule"],
+    ids=["version 2", "another name", "no capsule"],
+)
+def test_other_c_functions_are_not_called(capsule):
+    class Other(Exchanging):
+        __module__ = "other_library"
+        __dlpack_c_exchange_api__ = capsule
+        __dlpack__ = Hostile.__dlpack__
+
+    value = Other()
+    assert consume(value).array.shape == (1, 1, 4, 4)
+    assert value.asked == 0
+
+
+def test_c_functions_of_a_base_class_are_not_called():
+    class Derived(Exchanging):
+        __module__ = "other_library"
+        __dlpack__ = Hostile.__dlpack__
+
+    value = Derived()
+    assert consume(value).array.shape == (1, 1, 4, 4)
+    assert value.asked == 0
+
+
+def test_who_lies_about_the_device_is_found_out():
+    x, weight = Hostile(), Hostile(device_type=2)
+    x.device = weight.device = "cpu"
+    with pytest.raises(TypeError, match=r"^weight is .*its capsule says device type 2, not the CPU's"):
+        dcn_np.deform_conv(x, None, weight)
 
 
 def test_an_unknown_version_is_only_deleted():

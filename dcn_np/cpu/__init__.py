@@ -157,7 +157,7 @@ def _empty_like(array: Any, shape: tuple[int, ...]) -> Any:
     """Return a new array with the dtype and memory order of another, aligned."""
     strides = None if array.flags.c_contiguous else numpy.empty_like(array, shape=shape).strides
     raw = numpy.empty(math.prod(shape) * array.itemsize + _ALIGNMENT, numpy.uint8)
-    start = -raw.__array_interface__["data"][0] % _ALIGNMENT
+    start = -_native.address(raw) % _ALIGNMENT
     return numpy.ndarray(shape, array.dtype, raw, start, strides)
 
 
@@ -186,19 +186,19 @@ def _copied(computed: Any, wanted: Any) -> Any:
 
 def _bits(array: Any) -> Any:
     """Return the bits of halves, since bfloat16 has no place in the buffer protocol; others as they are."""
-    return array.view(numpy.uint16) if array is not None and array.dtype.itemsize == 2 else array
+    return array.view(numpy.uint16) if array is not None and array.itemsize == 2 else array
 
 
 def _wide(array: Any) -> Any:
     """Return weights or a bias contiguous, of what is computed in."""
-    if array is not None and array.dtype.itemsize == 2:
+    if array is not None and array.itemsize == 2:
         return numpy.ascontiguousarray(array, numpy.float32)
     return _contiguous(array)
 
 
 def _wide_place(wanted: Any) -> Any:
     """Return where the kernels write for `wanted`, weights or a bias: itself, or an array to copy from."""
-    if wanted is not None and wanted.dtype.itemsize == 2:
+    if wanted is not None and wanted.itemsize == 2:
         return numpy.empty(wanted.shape, numpy.float32)
     return wanted if wanted is None or _is_contiguous(wanted) else numpy.empty(wanted.shape, wanted.dtype)
 

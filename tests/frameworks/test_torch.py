@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import dcn_np
+from dcn_np import arrays
 from dcn_np import torch as dcn_torch
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -188,6 +189,51 @@ def test_what_does_not_fit_is_named():
         dcn_torch.modulated_deform_conv(*tensors[:3], tensors[3][:, :1], None, *parameters)
     with pytest.raises(TypeError, match=r"^x is .*requires a gradient.*dcn_np\.torch"):
         dcn_np.modulated_deform_conv(*tensors, *parameters)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        lambda x: x.to_sparse(),
+        lambda x: x.int(),
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        lambda x: torch.complex(x, x).conj().imag,
+        lambda x: torch.complex(x, x).conj(),
+    ],
+    ids=["sparse", "integers", "quantized", "negative bit", "conjugate bit"],
+)
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_tensors_that_are_more_than_memory_are_refused(tensor):
+    x, weight = torch.randn(1, 4, 6, 7), torch.randn(4, 4, 3, 3)
+    with pytest.raises(TypeError, match=r"^x is [^\n]*$"):
+        dcn_np.deform_conv(tensor(x), None, weight)
+
+
+def test_a_negative_bit_is_resolved_by_torch_s_operators():
+    x, weight = torch.randn(1, 4, 6, 7), torch.randn(4, 4, 3, 3)
+    negated = torch.complex(x, x).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(dcn_torch.deform_conv(negated, None, weight), dcn_torch.deform_conv(-x, None, weight))
+
+
+def test_tensors_of_another_device_are_named():
+    x, weight = torch.randn(1, 4, 6, 7), torch.randn(4, 4, 3, 3)
+    with pytest.raises(
+        ValueError, match=r"weight is a torch array on a device .*, but x is a torch array on"
+    ):
+        dcn_np.deform_conv(x, None, weight.to("meta"))
+
+
+def test_c_functions_and_capsules_give_the_same(monkeypatch):
+    """torch has DLPack's C functions, subclasses of its tensors have not."""
+    _, tensors, parameters = problem_of(dtype=torch.float32, grad=False)
+    assert arrays._exchange_of(torch.Tensor) is not None
+    assert arrays._exchange_of(nn.Parameter) is None
+    taken = [arrays._on_cpu(tensor) for tensor in tensors]
+    assert [array.ctypes.data for array in taken] == [tensor.data_ptr() for tensor in tensors]
+    y = dcn_np.modulated_deform_conv(*tensors, *parameters)
+    as_parameters = [nn.Parameter(tensor, requires_grad=False) for tensor in tensors]
+    assert torch.equal(dcn_np.modulated_deform_conv(*as_parameters, *parameters), y)
 
 
 def test_torchvision_s_signature():
