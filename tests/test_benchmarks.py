@@ -28,6 +28,7 @@ sys.path.append(str(BENCHMARKS))
 compare = importlib.import_module("compare")
 goals = importlib.import_module("goals")
 memory = importlib.import_module("memory")
+overhead = importlib.import_module("overhead")
 peers = importlib.import_module("peers")
 run = importlib.import_module("run")
 
@@ -417,3 +418,69 @@ def test_run_measures_memory(tmp_path, capsys):
     records = json.loads(file.read_text())["memory"]
     assert [(record["shape"], record["passes"]) for record in records] == [("S9", "forward"), ("S9", "both")]
     assert all(record["growth"] < record["budget"] for record in records)
+
+
+@dataclasses.dataclass
+class Boxed:
+    """An array of another library."""
+
+    array: numpy.ndarray
+
+
+def boxed_caller(factor=1.0, **fields):
+    def convolve(*boxes, **parameters):
+        y = dcn_np.modulated_deform_conv(*(box.array for box in boxes), **parameters)
+        return Boxed(y * y.dtype.type(factor))
+
+    return overhead.Caller("boxed", "1", convolve, Boxed, lambda box: box.array, **fields)
+
+
+def gradients_of_boxes(y, grad_output, inputs):
+    arrays = [box.array for box in inputs]
+    gradients = dcn_np.modulated_deform_conv_backward(
+        grad_output.array, *arrays[:4], **overhead.TINY.parameters
+    )
+    return map(Boxed, gradients)
+
+
+def test_other_arrays_are_validated_and_timed_beside_numpy_s():
+    callers = [bench.DcnNp(), boxed_caller(backward=gradients_of_boxes)]
+    for passes, names in (("forward", {"y"}), ("both", set(NAMES))):
+        cases = bench_timing.time_problem(overhead.TINY, passes, callers, rounds=2)
+        assert [set(case.residuals) for case in cases] == [names, names]
+        assert overhead.beyond(cases[0], cases) == 0
+        difference = sum(one - own for one, own in zip(cases[1].seconds, cases[0].seconds, strict=True)) / 2
+        assert overhead.beyond(cases[1], cases) == pytest.approx(difference * 1e6)
+    assert bench_timing.time_problem(overhead.TINY, "both", [boxed_caller()], rounds=1) == []
+
+
+def test_overhead_writes_what_was_measured(tmp_path, monkeypatch, capsys):
+    def not_there():
+        raise ImportError("no such library")
+
+    libraries = {"other": lambda: [boxed_caller()], "absent": not_there}
+    monkeypatch.setattr(overhead, "LIBRARIES", libraries)
+    monkeypatch.setattr(overhead, "GOALS", {"boxed": 1e6, "not there": 5.0})
+    file = tmp_path / "overhead.json"
+    assert overhead.main(["--rounds", "2", "--json", str(file)]) == 0
+    output = capsys.readouterr()
+    assert "without absent: ImportError: no such library" in output.err
+    assert "at most 1e+06 us" in output.out
+    record = json.loads(file.read_text())
+    timed = [(result["implementation"], result["passes"]) for result in record["results"]]
+    assert timed == [("dcn_np", "forward"), ("boxed", "forward"), ("dcn_np", "both")]
+    assert record["results"][0]["beyond"] == 0
+    assert [goal["met"] for goal in record["goals"]] == [True, None]
+    assert record["goals"][0]["reached"] == record["results"][1]["beyond"]
+    assert record["versions"]["boxed"] == "1"
+
+
+def test_overhead_of_wrong_results_is_not_timed(monkeypatch, capsys):
+    monkeypatch.setattr(overhead, "LIBRARIES", {"other": lambda: [boxed_caller(1.001)]})
+    assert overhead.main(["--rounds", "1"]) == 1
+    assert "refused: y: residual" in capsys.readouterr().out
+
+
+def test_overhead_of_numpy_alone(capsys):
+    assert overhead.main(["--libraries", "none", "--rounds", "1"]) == 0
+    assert "not measured: 4 goals" in capsys.readouterr().out
