@@ -10,9 +10,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 
@@ -51,8 +50,7 @@ _TAKES_CAPSULES = {"tensorflow", "paddle"}
 _Place: TypeAlias = tuple[str, int, int]
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """The library and the device that all arrays of a call are of.
 
     Attributes
@@ -190,12 +188,15 @@ def _is_of_cupy(value: Any) -> bool:
 def _is_foreign(value: Any) -> bool:
     """Tell whether a value is an array of a library that is neither NumPy nor CuPy."""
     kind: Any = type(value)
-    return _is_foreign_type(kind) and not _is_of_cupy(value)
+    return _is_foreign_type(kind)
 
 
 @lru_cache(maxsize=64)
 def _is_foreign_type(kind: Any) -> bool:
-    if issubclass(kind, numpy.ndarray | numpy.generic):
+    cupy = sys.modules.get("cupy")
+    if issubclass(kind, numpy.ndarray | numpy.generic) or (
+        cupy is not None and issubclass(kind, cupy.ndarray)
+    ):
         return False
     return hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__")
 
