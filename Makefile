@@ -26,7 +26,7 @@ build: $(VENV)/ready-dev
 	$(BIN)/python setup.py build_ext --inplace
 
 # What needs a framework, in an environment of its own.
-FRAMEWORKS = torch==2.13.0 onnxscript 'dask[array]' distributed tqdm
+FRAMEWORKS = torch==2.13.0 onnxscript jax 'dask[array]' distributed tqdm
 test-frameworks: .venv-frameworks/ready
 	DCN_NP_TEST_FRAMEWORKS=1 .venv-frameworks/bin/python -m pytest -W default \
 		tests/frameworks tests/test_pth.py tests/test_checkpoints.py tests/test_benchmarks_gpu.py \

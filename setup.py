@@ -87,7 +87,7 @@ def extensions(flags, link_flags):
 
     native = Extension(
         "dcn_np.cpu._native",
-        ["dcn_np/cpu/_native.pyx", "src/dispatch.cpp", "src/parallel.cpp"],
+        ["dcn_np/cpu/_native.pyx", "src/dispatch.cpp", "src/parallel.cpp", "src/xla.cpp"],
         language="c++",
         include_dirs=INCLUDE_DIRS,
         define_macros=[("Py_LIMITED_API", LIMITED_API)],

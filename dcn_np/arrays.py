@@ -362,6 +362,8 @@ def _hint(name: str, value: Any) -> str:
         return _MMCV_ORDER
     if name == "weight" and _is_numbers(value):
         return _NO_MASK
+    if type(value).__module__.startswith("jax."):  # a tracer
+        return "; dcn_np.jax has the same functions for what JAX traces"
     if hasattr(value, "__dlpack__"):
         return f"; numpy.from_dlpack({name}) or numpy.asarray({name}) converts"
     return f"; numpy.asarray({name}) converts" if isinstance(value, list) else ""

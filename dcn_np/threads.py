@@ -36,6 +36,14 @@ def set_num_threads(n: int | None) -> None:
     """
     global _process
     _process = None if n is None else _checked(n)
+    share_process_limit()
+
+
+def share_process_limit() -> None:
+    """Tell the engine the limit of the process, for calls that do not come from Python."""
+    from .cpu import _native
+
+    _native.limit_process_threads(min(_process_wanted() or 2**16, cgroup_cpus() or 2**16))
 
 
 def get_num_threads() -> int:
@@ -117,10 +125,12 @@ def cgroup_cpus() -> int | None:
 
 
 def _wanted() -> int | None:
-    for limit in (_context.get(), _process):
-        if limit is not None:
-            return limit
-    return environment_limit()
+    limit = _context.get()
+    return _process_wanted() if limit is None else limit
+
+
+def _process_wanted() -> int | None:
+    return environment_limit() if _process is None else _process
 
 
 @lru_cache(maxsize=4)

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <cstdlib>
 #include <new>
 #include <system_error>
@@ -28,6 +29,7 @@ namespace {
 constexpr auto kPollInterval = std::chrono::milliseconds(20);
 
 std::atomic<bool> serial{false};
+std::atomic<int> process_limit{INT_MAX};
 std::atomic<int> active_teams{0};
 
 void pause_briefly(int spins) {
@@ -155,6 +157,13 @@ int hardware_threads() {
 #endif
   return threads > 1 ? threads : 1;
 }
+
+int process_threads() {
+  const int limit = process_limit.load(), threads = hardware_threads();
+  return limit < threads ? limit : threads;
+}
+
+void set_process_threads(int limit) { process_limit.store(limit); }
 
 void run_serially() {
   serial.store(true);

@@ -56,7 +56,10 @@ class Team {
 };
 
 int hardware_threads();  // what OpenMP would start from this thread: OMP_NUM_THREADS, omp_set_num_threads
-void run_serially();     // from now on every team has one thread: called in the child of a fork
+// What a call may use that comes from a thread which is not Python's; until it is set, what OpenMP would start.
+int process_threads();
+void set_process_threads(int limit);
+void run_serially();           // from now on every team has one thread: called in the child of a fork
 void* allocate(size_t bytes);  // 64-byte aligned, null when there is none
 void release(void* memory);
 

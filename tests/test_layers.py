@@ -46,10 +46,11 @@ MAY_IMPORT = {
     "reference": set(),
     "tiling": {"geometry", "messages"},
     "dask": {"cpu", "deform_conv", "geometry", "tiling"},
+    "jax": {"cpu", "geometry", "threads"},
 }
 
 # Each for one framework, which it imports; nothing imports them.
-ADAPTERS = {"dask", "onnx", "torch"}
+ADAPTERS = {"dask", "jax", "onnx", "torch"}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
@@ -59,6 +60,7 @@ MAY_ALSO_REQUIRE = {
     "cuda": {"ml_dtypes"},
     "cuda.device": {"cupy"},
     "dask": {"dask"},
+    "jax": {"jax"},
     "pth": {"ml_dtypes"},
 }
 

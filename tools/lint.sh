@@ -7,5 +7,5 @@ PATH=$(realpath -s "$1"):$PATH
 ruff check
 ruff format --check
 cython-lint dcn_np
-find src dcn_np/kernels tests/emulation tools \( -name '*.[ch]pp' -o -name '*.cu' \) -print0 | xargs -0 clang-format --dry-run --Werror
+find src dcn_np/kernels tests/emulation tests/frameworks tools \( -name '*.[ch]pp' -o -name '*.cu' \) -print0 | xargs -0 clang-format --dry-run --Werror
 python tools/check_docstrings.py

@@ -84,6 +84,14 @@ def use_isa(name: str) -> Iterator[None]:
         _context_isa.reset(token)
 
 
+def xla_handlers() -> tuple[Any, Any]:
+    """Return the forward and the backward as XLA calls them (src/xla.hpp), without Python.
+
+    They run on the instruction set of the process: XLA's threads see no `use_isa`.
+    """
+    return _native.xla_handlers(_process_isa)
+
+
 def may_share_memory(a: Any, b: Any) -> bool:
     """Tell whether two arrays overlap, judged by their first and last byte."""
     return numpy.may_share_memory(a, b)

@@ -2,6 +2,7 @@
 """Arrays to pointers: calls the C++ kernels with the GIL released. No policy, no checks of arguments."""
 
 from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 from libcpp cimport bool as cbool
@@ -41,6 +42,7 @@ cdef extern from "parallel.hpp" namespace "dcn" nogil:
         void* context
 
     int hardware_threads() noexcept
+    void set_process_threads(int) noexcept
     void run_serially() noexcept
 
 
@@ -89,6 +91,18 @@ cdef extern from "dispatch.hpp" namespace "dcn" nogil:
     const char* half_name(int) noexcept
     Status forward(const Kernels&, DType, const ForwardArguments&, int, Interrupt) noexcept
     Status backward(const Kernels&, DType, const BackwardArguments&, int, Interrupt) noexcept
+
+
+cdef extern from "xla.hpp" namespace "dcn::xla" nogil:
+    cdef struct CallFrame:
+        pass
+
+    cdef struct Error:
+        pass
+
+    Error* xla_forward "dcn::xla::forward"(CallFrame*) noexcept
+    Error* xla_backward "dcn::xla::backward"(CallFrame*) noexcept
+    void use_isa(int) noexcept
 
 
 cdef cbool signal_pending(void* context) noexcept with gil:
@@ -240,6 +254,17 @@ def geometry_size():
 def openmp_threads():
     """Return how many threads OpenMP and the affinity mask allow the calling thread."""
     return hardware_threads()
+
+
+def limit_process_threads(int limit):
+    """Bound the threads of calls that do not come from Python."""
+    set_process_threads(limit)
+
+
+def xla_handlers(int isa):
+    """Return the functions that XLA calls for the forward and the backward, to run on one instruction set."""
+    use_isa(isa)
+    return PyCapsule_New(<void*> xla_forward, NULL, NULL), PyCapsule_New(<void*> xla_backward, NULL, NULL)
 
 
 def after_fork_in_child():

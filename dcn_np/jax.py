@@ -1,0 +1,346 @@
+"""Deformable convolution for JAX: functions for jit, grad, vmap and shard_map, on the CPU.
+
+XLA calls the engine, from threads of its own and on its own buffers: nothing is copied, and Python has no
+part in it. Hence `dcn_np.num_threads` and `dcn_np.use_isa`, which are of a Python thread, have no effect;
+`dcn_np.set_num_threads` has, at once, also on what is compiled already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import numpy
+from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
+
+from .cpu import dtypes, xla_handlers
+from .geometry import Geometry, checked_float32_matmul
+from .threads import share_process_limit
+
+__all__ = ["deform_conv", "modulated_deform_conv"]
+
+Array: TypeAlias = jax.Array
+# x, offset, mask, weight, bias and, in the backward, grad_output; None where there is none.
+Arrays: TypeAlias = Sequence[Array | None]
+Flags: TypeAlias = Sequence[bool | None]
+
+_FORWARD, _BACKWARD = "dcn_np_deform_conv", "dcn_np_deform_conv_backward"
+for _target, _handler in zip((_FORWARD, _BACKWARD), xla_handlers(), strict=True):
+    jax.ffi.register_ffi_target(_target, _handler, platform="cpu")
+share_process_limit()
+
+
+def deform_conv(
+    x: Array,
+    offset: Array | None,
+    weight: Array,
+    bias: Array | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int | tuple[int, int]] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    offset_groups: int = 1,
+    *,
+    float32_matmul: str | None = None,
+) -> Array:
+    """Convolve where the offsets say (DCNv1), differentiably.
+
+    Parameters and result are those of `dcn_np.deform_conv`, for arrays of JAX.
+
+    Parameters
+    ----------
+    x, offset, weight, bias : jax.Array, numpy.ndarray or None
+        As there.
+    stride, padding, dilation, groups, offset_groups
+        As there; they are constants of a compiled function.
+    float32_matmul : {"strict", "tf32"} or None
+        As there: without effect on a CPU.
+
+    Returns
+    -------
+    jax.Array
+        Shape (batch, out_channels, *output).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there, when the function is called or traced.
+
+    See Also
+    --------
+    modulated_deform_conv : The same with masks; its notes hold here.
+    """
+    return modulated_deform_conv(
+        x,
+        offset,
+        None,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        groups,
+        offset_groups,
+        float32_matmul=float32_matmul,
+    )
+
+
+def modulated_deform_conv(
+    x: Array,
+    offset: Array | None,
+    mask: Array | None,
+    weight: Array,
+    bias: Array | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int | tuple[int, int]] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    offset_groups: int = 1,
+    *,
+    float32_matmul: str | None = None,
+) -> Array:
+    """Convolve where the offsets say, each tap scaled by a mask (DCNv2), differentiably.
+
+    Parameters and result are those of `dcn_np.modulated_deform_conv`, for arrays of JAX.
+
+    Parameters
+    ----------
+    x, offset, mask, weight, bias : jax.Array, numpy.ndarray or None
+        As there.
+    stride, padding, dilation, groups, offset_groups
+        As there; they are constants of a compiled function.
+    float32_matmul : {"strict", "tf32"} or None
+        As there: without effect on a CPU.
+
+    Returns
+    -------
+    jax.Array
+        Shape (batch, out_channels, *output).
+
+    Raises
+    ------
+    TypeError, ValueError
+        As there, when the function is called or traced.
+    jax.errors.JaxRuntimeError
+        No memory for the working space; or, when it is compiled, a device other than a CPU.
+
+    See Also
+    --------
+    deform_conv : The same without masks.
+
+    Notes
+    -----
+    The numbers are those of `dcn_np.modulated_deform_conv`, bit for bit. Gradients that nobody asks for are
+    not computed; the gradients themselves cannot be differentiated, and there is no forward mode. `jax.vmap`
+    over weights, or of their gradients, makes one call after another; else its axis joins the batch. Over
+    several devices use `jax.shard_map`: under `jax.jit` alone XLA would gather the whole batch on each.
+    Dtypes follow JAX: without ``jax_enable_x64`` there is no float64. Ctrl-C waits for a call to end.
+    GPUs are not supported yet.
+
+    Examples
+    --------
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import dcn_np.jax
+    >>> x = jnp.arange(6.0).reshape(1, 1, 2, 3)
+    >>> offset = jnp.full((1, 2, 2, 3), 0.5)
+    >>> weight = jnp.ones((1, 1, 1, 1))
+    >>> jax.jit(dcn_np.jax.deform_conv)(x, offset, weight)
+    Array([[[[2.  , 3.  , 1.75],
+             [1.75, 2.25, 1.25]]]], dtype=float32)
+    """
+    if float32_matmul is not None:
+        checked_float32_matmul(float32_matmul)
+    x, weight = _taken("x", x), _taken("weight", weight)
+    offset, mask, bias = (
+        None if array is None else _taken(name, array)
+        for name, array in (("offset", offset), ("mask", mask), ("bias", bias))
+    )
+    geometry = Geometry.of(
+        dtypes(), x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups
+    )
+    y: Array = _compiled(geometry, x, offset, mask, weight, bias)
+    return y
+
+
+def _taken(name: str, array: Any) -> Any:
+    """Return an argument as an array of JAX, with a shape of numbers."""
+    if isinstance(array, numpy.ndarray):
+        array = jax.numpy.asarray(array)
+    if not isinstance(array, jax.Array):
+        raise TypeError(f"{name} is a {type(array).__name__}; wanted a jax.Array or a numpy.ndarray")
+    if not all(type(extent) is int for extent in array.shape):
+        raise ValueError(f"{name} has shape {array.shape}; wanted extents that are known when it is traced")
+    return array
+
+
+# ---- derivatives; where x holds halves, weight and bias are float32 from here on, as the engine wants them
+
+
+@partial(jax.jit, static_argnums=0, inline=True)
+def _compiled(geometry: Geometry, *arrays: Array | None) -> Any:
+    x, offset, mask, *filters = arrays
+    if geometry.dtype.itemsize == 2:
+        filters = [None if array is None else array.astype(numpy.float32) for array in filters]
+    return _convolve(geometry, *_alike([x, offset, mask, *filters]))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(geometry: Geometry, *arrays: Array | None) -> Any:
+    return _forward(geometry, *arrays)
+
+
+@jax.tree_util.register_static
+class _Needs(tuple[bool, ...]):
+    """Which gradients are needed, in the order of Gradients, where JAX looks for arrays and finds none."""
+
+    __slots__ = ()
+
+
+def _remember(geometry: Geometry, *primals: Any) -> tuple[Any, tuple[_Needs, Arrays]]:
+    arrays = [None if primal is None else primal.value for primal in primals]
+    needs = _Needs(primal is not None and primal.perturbed for primal in primals)
+    return _convolve(geometry, *arrays), (needs, arrays[:4])
+
+
+def _differentiate(
+    geometry: Geometry, residuals: tuple[_Needs, Arrays], grad_output: Any
+) -> tuple[Array | None, ...]:
+    needs, arrays = residuals
+    if isinstance(grad_output, SymbolicZero):
+        return (None,) * len(needs)
+    gradients = iter(_backward(geometry, needs, *arrays, grad_output))
+    return tuple(next(gradients) if needed else None for needed in needs)
+
+
+_convolve.defvjp(_remember, _differentiate, symbolic_zeros=True)
+
+
+# ---- calls of the engine, each with its rule for jax.vmap
+
+
+def _forward(geometry: Geometry, *arrays: Array | None) -> Any:
+    call = custom_vmap(partial(_call_forward, geometry))
+    call.def_vmap(partial(_forward_over_axis, geometry))
+    return call(*arrays)
+
+
+def _call_forward(geometry: Geometry, *arrays: Array | None) -> Array:
+    y = jax.ShapeDtypeStruct(geometry.output_shape, geometry.dtype)
+    return _call(_FORWARD, geometry, (*arrays, None), (None, None, None, None, None, y))[0]
+
+
+def _forward_over_axis(
+    geometry: Geometry, size: int, batched: Flags, *arrays: Array | None
+) -> tuple[Array, bool]:
+    if any(batched[3:]):
+        return _one_by_one(partial(_forward, geometry), batched, arrays), True
+    x, offset, mask = _as_one_batch(size, batched[:3], arrays[:3])
+    y = _forward(replace(geometry, batch=size * geometry.batch), x, offset, mask, *arrays[3:])
+    return y.reshape(size, *geometry.output_shape), True
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _backward(geometry: Geometry, needs: Flags, *arrays: Array | None) -> Any:
+    """Return those gradients that are needed, from x, offset, mask, weight and grad_output."""
+    call = custom_vmap(partial(_call_backward, geometry, needs))
+    call.def_vmap(partial(_backward_over_axis, geometry, needs))
+    return call(*arrays)
+
+
+@_backward.defjvp
+def _(geometry: Geometry, needs: Flags, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError("the gradients of a deformable convolution cannot be differentiated")
+
+
+def _call_backward(geometry: Geometry, needs: Flags, *arrays: Any) -> list[Array]:
+    x, offset, mask, weight, grad_output = arrays
+    bias = jax.ShapeDtypeStruct((geometry.out_channels,), weight.dtype)
+    gradients = [
+        like if needed else None for like, needed in zip((x, offset, mask, weight, bias), needs, strict=True)
+    ]
+    return _call(_BACKWARD, geometry, (x, offset, mask, weight, None, grad_output), (*gradients, None))
+
+
+def _backward_over_axis(
+    geometry: Geometry, needs: Flags, size: int, batched: Flags, *arrays: Array | None
+) -> tuple[list[Array], list[bool]]:
+    if batched[3] or any(needs[3:]):  # gradients of weight and bias are sums over the batch
+        gradients = _one_by_one(partial(_backward, geometry, needs), batched, arrays)
+        return gradients, [True] * len(gradients)
+    *images, weight, grad_output = arrays
+    *images, grad_output = _as_one_batch(size, [*batched[:3], batched[4]], [*images, grad_output])
+    together = _backward(replace(geometry, batch=size * geometry.batch), needs, *images, weight, grad_output)
+    gradients = [gradient.reshape(size, geometry.batch, *gradient.shape[1:]) for gradient in together]
+    return gradients, [True] * len(gradients)
+
+
+def _as_one_batch(size: int, batched: Flags, arrays: Arrays) -> list[Array | None]:
+    """Return arrays with `size` batches in one, from those with an axis of that size in front, or without."""
+    merged = []
+    for array, is_batched in zip(arrays, batched, strict=True):
+        if array is not None:
+            each = array if is_batched else jax.numpy.broadcast_to(array, (size, *array.shape))
+            array = each.reshape(size * each.shape[1], *each.shape[2:])
+        merged.append(array)
+    return merged
+
+
+def _one_by_one(function: Callable[..., Any], batched: Flags, arrays: Arrays) -> Any:
+    moving = [array if is_batched else None for array, is_batched in zip(arrays, batched, strict=True)]
+
+    def one(slices: Arrays) -> Any:
+        return function(*(kept if part is None else part for part, kept in zip(slices, arrays, strict=True)))
+
+    return jax.lax.map(one, moving)
+
+
+# ---- the call itself: src/xla.hpp says what crosses
+
+
+def _call(target: str, geometry: Geometry, arrays: Arrays, like: Sequence[Any]) -> list[Array]:
+    """Return the results that `like` describes, in one order with `arrays`: x to bias, and the output."""
+    given = [array for array in arrays if array is not None]
+    results = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in like if each is not None]
+    computed = jax.ffi.ffi_call(target, results)(
+        *given,
+        geometry=numpy.frombuffer(geometry.struct, numpy.int64),
+        given=_bits(arrays),
+        needs=_bits(like),
+    )
+    axes = _varying(given)
+    return [_vary(result, axes) for result in computed]
+
+
+def _bits(arrays: Sequence[Any]) -> numpy.int64:
+    return numpy.int64(sum(1 << place for place, array in enumerate(arrays) if array is not None))
+
+
+# ---- jax.shard_map, which types each array by the axes of the mesh along which it varies
+
+
+def _alike(arrays: Arrays) -> list[Array | None]:
+    """Let all vary along the same axes; the gradient of that sums over devices, as it must for weights."""
+    axes = _varying([array for array in arrays if array is not None])
+    return [None if array is None else _vary(array, axes) for array in arrays]
+
+
+def _vary(array: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(axes - _varying([array]))
+    varying: Array = jax.lax.pcast(array, missing, to="varying") if missing else array
+    return varying
+
+
+def _varying(arrays: Sequence[Array]) -> frozenset[str]:
+    return frozenset().union(*map(_axes, arrays))
+
+
+def _axes(array: Array) -> frozenset[str]:
+    kind: Any = jax.typeof(array)
+    # Before version 0.10 of JAX they stand in the type itself.
+    axes: frozenset[str] = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+    return axes
