@@ -13,6 +13,7 @@ import numpy
 
 if TYPE_CHECKING:
     from .geometry import Geometry
+    from .roi_geometry import RoIGeometry
 
 
 class Gradients(NamedTuple):
@@ -39,6 +40,26 @@ class Gradients(NamedTuple):
     mask: Any = None
     weight: Any = None
     bias: Any = None
+
+
+class RoIGradients(NamedTuple):
+    """The gradients of a pooling over regions, named after the inputs; None where not computed.
+
+    Each has the shape and dtype of its input, and follows its memory order. Regions have no gradient.
+
+    Parameters
+    ----------
+    x : array or None
+        By the feature maps.
+    offset : array or None
+        By the offsets; always None without any.
+    mask : array or None
+        By the masks; always None without any.
+    """
+
+    x: Any = None
+    offset: Any = None
+    mask: Any = None
 
 
 class Backend(Protocol):
@@ -75,6 +96,21 @@ class Backend(Protocol):
         deterministic: bool,
         float32_matmul: str,
     ) -> Gradients:
+        """Return the gradients named in `needs`, each in its input's memory order."""
+
+    def roi_pool(self, geometry: RoIGeometry, x: Any, rois: Any, offset: Any, mask: Any) -> Any:
+        """Return the average of every bin, in x's memory order."""
+
+    def roi_pool_backward(
+        self,
+        geometry: RoIGeometry,
+        grad_output: Any,
+        x: Any,
+        rois: Any,
+        offset: Any,
+        mask: Any,
+        needs: frozenset[str],
+    ) -> RoIGradients:
         """Return the gradients named in `needs`, each in its input's memory order."""
 
 

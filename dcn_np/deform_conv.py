@@ -5,12 +5,11 @@ v1 is v2 without a mask, so each pair is one computation and its description one
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
 
 from .arrays import Array, kind_of
 from .backends import Gradients, backend_of
+from .docstrings import documented
 from .geometry import (
     Geometry,
     check_grad_output,
@@ -22,8 +21,6 @@ from .geometry import (
 
 Extents = int | Sequence[int]
 Padding = int | Sequence[int | tuple[int, int]]
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _float32_matmul = "strict"
 
@@ -113,16 +110,7 @@ Where the interpolation has a kink, at whole coordinates, dS/dq is the derivativ
 }
 
 
-def _documented(function: _Function) -> _Function:
-    """Put the shared texts where the docstring of `function` names them in braces."""
-    if function.__doc__ is not None:
-        function.__doc__ = inspect.cleandoc(function.__doc__)
-        for name, text in _SHARED.items():
-            function.__doc__ = function.__doc__.replace(f"{{{name}}}", text.strip())
-    return function
-
-
-@_documented
+@documented(_SHARED)
 def deform_conv(
     x: Array,
     offset: Array | None,
@@ -201,7 +189,7 @@ def deform_conv(
     )
 
 
-@_documented
+@documented(_SHARED)
 def deform_conv_backward(
     grad_output: Array,
     x: Array,
@@ -278,7 +266,7 @@ def deform_conv_backward(
     )
 
 
-@_documented
+@documented(_SHARED)
 def modulated_deform_conv(
     x: Array,
     offset: Array | None,
@@ -363,7 +351,7 @@ def modulated_deform_conv(
     return kind.give(result) if out is None else out
 
 
-@_documented
+@documented(_SHARED)
 def modulated_deform_conv_backward(
     grad_output: Array,
     x: Array,

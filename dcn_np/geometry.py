@@ -239,8 +239,8 @@ def _checked_geometry(
         batch=x[0],
         in_channels=x[1],
         out_channels=weight[0],
-        groups=_checked_number("groups", groups, 1),
-        offset_groups=_checked_number("offset_groups", offset_groups, 1),
+        groups=checked_number("groups", groups, 1),
+        offset_groups=checked_number("offset_groups", offset_groups, 1),
         input=x[2:],
         kernel=weight[2:],
         stride=numbers_per_axis("stride", stride, ndim),
@@ -291,7 +291,7 @@ def _integer(name: str, value: Any) -> int:
     raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
 
 
-def _checked_number(name: str, value: int, least: int) -> int:
+def checked_number(name: str, value: int, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} is {number(value)}; wanted at least {least}")
     if value > LARGEST:
@@ -301,24 +301,24 @@ def _checked_number(name: str, value: int, least: int) -> int:
 
 def numbers_per_axis(name: str, value: Any, ndim: int) -> Shape:
     if isinstance(value, int):
-        return (_checked_number(name, value, 1),) * ndim
+        return (checked_number(name, value, 1),) * ndim
     _check_entries(name, value, ndim)
-    return tuple(_checked_number(f"{name}[{axis}]", entry, 1) for axis, entry in enumerate(value))
+    return tuple(checked_number(f"{name}[{axis}]", entry, 1) for axis, entry in enumerate(value))
 
 
 def pads_per_axis(name: str, value: Any, ndim: int) -> Pads:
     if isinstance(value, int):
-        return ((_checked_number(name, value, 0),) * 2,) * ndim
+        return ((checked_number(name, value, 0),) * 2,) * ndim
     _check_entries(name, value, ndim)
     return tuple(_pad_of_axis(f"{name}[{axis}]", entry) for axis, entry in enumerate(value))
 
 
 def _pad_of_axis(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, int):
-        return (_checked_number(name, value, 0),) * 2
+        return (checked_number(name, value, 0),) * 2
     if len(value) != 2:
         raise ValueError(f"{name} has {count(len(value), 'entry')}; wanted an integer or a (begin, end) pair")
-    return _checked_number(f"{name}[0]", value[0], 0), _checked_number(f"{name}[1]", value[1], 0)
+    return checked_number(f"{name}[0]", value[0], 0), checked_number(f"{name}[1]", value[1], 0)
 
 
 def _check_entries(name: str, value: Sequence[Any], ndim: int) -> None:
@@ -345,10 +345,10 @@ def _common_dtypes(
     positions = {name: dtype for name, dtype in given.items() if name in ("offset", "mask")}
     for name, dtype in given.items():
         if name not in positions:
-            _check_dtype(name, dtype, common)
+            check_dtype(name, dtype, common)
     for name, dtype in positions.items():
         if not (common.name in HALVES and dtype == numpy.float32):
-            _check_dtype(name, dtype, common)
+            check_dtype(name, dtype, common)
     if len(set(positions.values())) > 1:
         raise TypeError(
             f"mask has dtype {positions['mask']} but offset has {positions['offset']}; wanted one dtype for "
@@ -357,9 +357,10 @@ def _common_dtypes(
     return common, next((computed[computed.index(dtype)] for dtype in positions.values()), common)
 
 
-def _check_dtype(name: str, dtype: Any, common: Any) -> None:
+def check_dtype(name: str, dtype: Any, common: Any, positions: str = "offset and mask") -> None:
+    """Check that an array has the dtype of x; that `positions` may be float32 the caller has seen to."""
     if dtype != common:
-        or_float32 = " (offset and mask may be float32)" if common.name in HALVES else ""
+        or_float32 = f" ({positions} may be float32)" if common.name in HALVES else ""
         raise TypeError(
             f"{name} has dtype {dtype} but x has {common}; wanted one dtype for all arrays{or_float32}"
         )
@@ -471,7 +472,7 @@ def _check_bytes(geometry: Geometry, shapes: Sequence[Shape | None]) -> None:
 
 
 def _check_like_output(geometry: Geometry, name: str, array: Any) -> None:
-    _check_dtype(name, array.dtype, geometry.dtype)
+    check_dtype(name, array.dtype, geometry.dtype)
     if array.shape != geometry.output_shape:
         raise ValueError(
             f"{name} has shape {array.shape}; wanted (batch, out_channels, *output) = "

@@ -236,3 +236,25 @@ def _unknown(name: str) -> str:
         f"The layer that makes the {name}s needs the kernel size, stride, padding and dilation of this call; "
         "stride or dilation is what is usually forgotten there"
     )
+
+
+# ---- regions
+
+NOT_ON_A_GPU = (
+    "pooling over regions and the feature mimicking loss are computed on a CPU only (deform_conv and "
+    "modulated_deform_conv run on a GPU): wanted arrays of NumPy, such as cupy.asnumpy gives"
+)
+
+
+def rois_hint(shape: Shape) -> str:
+    """Recognise boxes without the index of their image."""
+    if len(shape) == 2 and shape[1] == 4:
+        return ". Boxes need the index of their image before them: numpy.insert(boxes, 0, image, axis=1)"
+    return ""
+
+
+def transposed_hint(came: Shape, wanted: Shape) -> str:
+    """Recognise offsets whose channels come last."""
+    if came == (wanted[0], *wanted[2:], wanted[1]):
+        return ". Its channels are last: numpy.moveaxis(array, -1, 1)"
+    return ""

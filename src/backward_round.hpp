@@ -91,16 +91,9 @@ class BackwardRound {
   }
 
   void clear_grad_x(int64_t slot, int64_t item) {
-    const int64_t pixels = plan_.grad_x.pixels, first = item * kCopyPixels,
-                  end = least(first + kCopyPixels, pixels);
+    const int64_t first = item * kCopyPixels, end = least(first + kCopyPixels, plan_.grad_x.pixels);
     plan_.for_each_block([&](const Block& block) {
-      const Pixels<NDim> view = grad_x_of(slot, block);
-      for (int64_t pixel = first; pixel < end; ++pixel) {
-        char* at = view.data;
-        for (int64_t axis = NDim - 1, rest = pixel; axis >= 0; rest /= geometry().input[axis--])
-          at += rest % geometry().input[axis] * view.axis[axis];
-        __builtin_memset(at, 0, block.count * sizeof(T));
-      }
+      clear_pixels<T>(grad_x_of(slot, block), geometry().input, first, end, block.count);
     });
   }
 };

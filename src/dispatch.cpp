@@ -45,6 +45,17 @@ int worthwhile_threads(const Geometry& geometry, int threads) {
   return operations < kWorthSharing ? 1 : threads;
 }
 
+// A bin reads some 16 pixels, and each image is copied.
+int worthwhile_threads(const RoIGeometry& geometry, int threads) {
+  const double pixels = static_cast<double>(geometry.input[0]) * static_cast<double>(geometry.input[1]);
+  const double bins = static_cast<double>(geometry.output[0]) * static_cast<double>(geometry.output[1]);
+  const double images = static_cast<double>(geometry.batch < geometry.rois ? geometry.batch : geometry.rois);
+  const double operations =
+      images * pixels * static_cast<double>(geometry.channels) +
+      16 * static_cast<double>(geometry.rois) * bins * static_cast<double>(geometry.outputs);
+  return operations < kWorthSharing ? 1 : threads;
+}
+
 }  // namespace
 
 int isa_count() { return sizeof(kIsas) / sizeof(kIsas[0]); }
@@ -77,6 +88,18 @@ Status backward(const Kernels& kernels, DType dtype, const BackwardArguments& ar
                 Interrupt interrupt) {
   Team team(worthwhile_threads(arguments.geometry, threads), interrupt);
   return kernels.backward[dtype][arguments.geometry.ndim - 1](arguments, team);
+}
+
+Status roi_forward(const Kernels& kernels, DType dtype, const RoIForwardArguments& arguments, int threads,
+                   Interrupt interrupt) {
+  Team team(worthwhile_threads(arguments.geometry, threads), interrupt);
+  return kernels.roi_forward[dtype](arguments, team);
+}
+
+Status roi_backward(const Kernels& kernels, DType dtype, const RoIBackwardArguments& arguments, int threads,
+                    Interrupt interrupt) {
+  Team team(worthwhile_threads(arguments.geometry, threads), interrupt);
+  return kernels.roi_backward[dtype](arguments, team);
 }
 
 }  // namespace dcn

@@ -16,5 +16,7 @@ const char* half_name(int half);  // those of Storage, from its second on
 // Run on at most `threads` threads: fewer where the work is too small to share.
 Status forward(const Kernels&, DType, const ForwardArguments&, int threads, Interrupt);
 Status backward(const Kernels&, DType, const BackwardArguments&, int threads, Interrupt);
+Status roi_forward(const Kernels&, DType, const RoIForwardArguments&, int threads, Interrupt);
+Status roi_backward(const Kernels&, DType, const RoIBackwardArguments&, int threads, Interrupt);
 
 }  // namespace dcn

@@ -4,6 +4,7 @@
 
 #include "arrays.hpp"
 #include "parallel.hpp"
+#include "roi_geometry.hpp"
 
 namespace dcn {
 
@@ -51,13 +52,44 @@ struct BackwardArguments {
   void* grad_bias;
 };
 
+// Pooling over regions. rois: (rois, 5), contiguous. The indices of the regions ordered by image are `order`,
+// and those of image i begin at begins[i]. offset: (rois, 2 * classes, *part), mask: (rois, 1, *output), or
+// null.
+struct RoIArrays {
+  Storage images, positions;  // of x, the output and their gradients; of offset and mask and theirs
+  const double* rois;
+  const int64_t* order;
+  const int64_t* begins;
+  Array x;
+  Planes offset, mask;
+};
+
+struct RoIForwardArguments {
+  RoIGeometry geometry;
+  RoIArrays arrays;
+  Planes output;  // (rois, outputs, *output)
+};
+
+// A gradient whose pointer is null is not computed.
+struct RoIBackwardArguments {
+  RoIGeometry geometry;
+  RoIArrays arrays;
+  Planes grad_output;
+  Array grad_x;
+  Planes grad_offset, grad_mask;
+};
+
 using Forward = Status (*)(const ForwardArguments&, Team&);
 using Backward = Status (*)(const BackwardArguments&, Team&);
+using RoIForward = Status (*)(const RoIForwardArguments&, Team&);
+using RoIBackward = Status (*)(const RoIBackwardArguments&, Team&);
 
 struct Kernels {
   const char* isa;
   Forward forward[kDTypes][kMaxAxes];  // by rank - 1
   Backward backward[kDTypes][kMaxAxes];
+  RoIForward roi_forward[kDTypes];
+  RoIBackward roi_backward[kDTypes];
 };
 
 }  // namespace dcn

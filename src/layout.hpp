@@ -182,6 +182,18 @@ DCN_INLINE int64_t uncrowded(int64_t count) {
   return count % (16 * kLine) == 0 ? count + kLine : count;
 }
 
+// Zeros for pixels first to end, in the order of the axes, with `channels` channels each.
+template <class T, int NDim>
+void clear_pixels(const Pixels<NDim>& view, const int64_t* extents, int64_t first, int64_t end,
+                  int64_t channels) {
+  for (int64_t pixel = first; pixel < end; ++pixel) {
+    char* at = view.data;
+    for (int64_t axis = NDim - 1, rest = pixel; axis >= 0; rest /= extents[axis--])
+      at += rest % extents[axis] * view.axis[axis];
+    __builtin_memset(at, 0, channels * sizeof(T));
+  }
+}
+
 // How the kernels reach the pixels of an array of images: in place where channels are contiguous, else
 // and numbers of the kernel's type, else through a channels-last buffer of one image. The buffer holds parts of the channels one after the other,
 // [part][pixel][channel], as the pass takes them: a thread that works on a part then touches few pages and

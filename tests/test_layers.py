@@ -11,7 +11,7 @@ import pytest
 from calls import python
 
 import dcn_np
-from dcn_np import backends, cpu, cuda, geometry, reference
+from dcn_np import backends, cpu, cuda, geometry, reference, roi_geometry
 from dcn_np.cpu import _native
 
 PACKAGE = Path(dcn_np.__file__).parent
@@ -21,14 +21,18 @@ SOURCES = ROOT / "src"
 # What each module may import of the package, inside functions too but not for types. The commands, and
 # __main__, may import all.
 MAY_IMPORT = {
-    "dcn_np": {"backends", "cpu", "deform_conv", "threads"},
-    "deform_conv": {"arrays", "backends", "geometry"},
+    "dcn_np": {"backends", "cpu", "deform_conv", "feature_mimic", "roi_pool", "threads"},
+    "deform_conv": {"arrays", "backends", "docstrings", "geometry"},
+    "roi_pool": {"arrays", "backends", "docstrings", "geometry", "roi_geometry"},
+    "feature_mimic": {"arrays", "backends", "docstrings", "messages"},
+    "docstrings": set(),
+    "roi_geometry": {"geometry", "messages"},
     "arrays": {"_dlpack", "messages"},
     "geometry": {"messages"},
     "messages": set(),
     "backends": {"cpu", "cuda"},
-    "cpu": {"backends", "cpu._native", "geometry", "threads"},
-    "cuda": {"backends", "cuda.device", "cuda.engine", "geometry"},
+    "cpu": {"backends", "cpu._native", "geometry", "roi_geometry", "threads"},
+    "cuda": {"backends", "cuda.device", "cuda.engine", "geometry", "messages", "roi_geometry"},
     "cuda.device": {"cuda.launching", "cuda.modules"},
     "cuda.engine": {"backends", "cuda.fused", "cuda.launching", "cuda.modules", "cuda.tuning", "geometry"},
     "cuda.fused": {"cuda.launching", "cuda.modules", "geometry"},
@@ -43,7 +47,10 @@ MAY_IMPORT = {
     "torch": {"checkpoints", "dcn_np"},
     "onnx": {"dcn_np"},
     "threads": {"cgroup", "cpu._native"},
-    "reference": set(),
+    "reference": {"reference.deform_conv", "reference.feature_mimic", "reference.roi_pool"},
+    "reference.deform_conv": set(),
+    "reference.feature_mimic": {"reference.deform_conv"},
+    "reference.roi_pool": {"reference.deform_conv"},
     "tiling": {"geometry", "messages"},
     "dask": {"cpu", "deform_conv", "geometry", "tiling"},
     "jax": {"cpu", "geometry", "threads"},
@@ -125,9 +132,13 @@ def test_a_module_imports_only_what_lies_below_it(module):
     assert internal_imports(MODULES[module]) <= MAY_IMPORT[module]
 
 
+OPERATOR_MODULES = {"deform_conv", "feature_mimic", "roi_pool"}
+
+
 def test_the_allowed_imports_have_no_cycle_between_operators_and_what_they_stand_on():
-    below = set(MAY_IMPORT) - {"deform_conv", "layers", "dcn_np", *ADAPTERS}
-    assert not [name for name in below if {"deform_conv", "layers", "dcn_np"} & MAY_IMPORT[name]]
+    above = OPERATOR_MODULES | {"layers", "dcn_np"}
+    below = set(MAY_IMPORT) - above - ADAPTERS
+    assert not [name for name in below if above & MAY_IMPORT[name]]
 
 
 @pytest.mark.parametrize("module", LAYERED)
@@ -138,8 +149,13 @@ def test_a_module_requires_numpy_and_the_standard_library_only(module):
 
 
 def test_only_commands_import_the_reference():
-    importers = {name for name, file in MODULES.items() if "reference" in internal_imports(file)}
-    assert all(name == "__main__" or name.startswith("commands") for name in importers)
+    importers = {
+        name
+        for name, file in MODULES.items()
+        if any(imported.partition(".")[0] == "reference" for imported in internal_imports(file))
+    }
+    allowed = ("commands", "reference")
+    assert all(name == "__main__" or name.startswith(allowed) for name in importers)
 
 
 LOADED = """
@@ -176,10 +192,23 @@ def test_a_backend_has_the_signatures_of_the_protocol(backend, name):
 
 
 def test_the_protocol_has_functions():
-    assert {"deform_conv", "deform_conv_backward"} <= set(protocol_functions())
+    expected = {"deform_conv", "deform_conv_backward", "roi_pool", "roi_pool_backward"}
+    assert expected <= set(protocol_functions())
 
 
-OPERATORS = ["deform_conv", "modulated_deform_conv", "deform_conv_backward", "modulated_deform_conv_backward"]
+OPERATORS = [
+    forward + direction
+    for forward in (
+        "deform_conv",
+        "modulated_deform_conv",
+        "roi_align",
+        "deform_roi_pool",
+        "modulated_deform_roi_pool",
+        "deform_psroi_pool",
+        "feature_mimic_loss",
+    )
+    for direction in ("", "_backward")
+]
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -194,19 +223,31 @@ def test_gradients_have_the_same_names_in_the_reference():
     assert (
         reference.Gradients._fields == dcn_np.Gradients._fields == ("x", "offset", "mask", "weight", "bias")
     )
+    assert reference.RoIGradients._fields == dcn_np.RoIGradients._fields == ("x", "offset", "mask")
 
 
 def test_geometry_has_one_size_in_python_and_cpp():
     assert _native.geometry_size() == geometry.GEOMETRY_DTYPE.itemsize == 192
 
+    assert _native.roi_geometry_size() == roi_geometry.ROI_GEOMETRY_DTYPE.itemsize == 128
 
-def test_geometry_has_one_order_in_python_and_cpp():
-    text = (PACKAGE / "kernels" / "geometry.hpp").read_text()
-    struct = re.search(r"struct Geometry \{(.*?)\n\};", text, re.DOTALL).group(1)
-    fields = re.findall(r"^\s*int64_t (\w+)(\[kMaxAxes\])?;", struct, re.MULTILINE)
-    dtype = geometry.GEOMETRY_DTYPE
-    assert [name for name, _ in fields] == list(dtype.names)
-    assert [(3,) if axes else () for _, axes in fields] == [dtype[name].shape for name in dtype.names]
+
+STRUCTS = {
+    "geometry.hpp": ("Geometry", geometry.GEOMETRY_DTYPE),
+    "roi_geometry.hpp": ("RoIGeometry", roi_geometry.ROI_GEOMETRY_DTYPE),
+}
+CPP_TYPES = {"int64_t": "<i8", "double": "<f8"}
+
+
+@pytest.mark.parametrize("header", STRUCTS)
+def test_geometry_has_one_order_in_python_and_cpp(header):
+    name, dtype = STRUCTS[header]
+    text = (PACKAGE / "kernels" / header).read_text()
+    struct = re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.DOTALL).group(1)
+    fields = re.findall(r"^\s*(int64_t|double) (\w+)(?:\[(kMaxAxes|2)\])?;", struct, re.MULTILINE)
+    extents = {"": (), "2": (2,), "kMaxAxes": (3,)}
+    in_cpp = [(name, CPP_TYPES[kind], extents[extent]) for kind, name, extent in fields]
+    assert in_cpp == [(name, dtype[name].base.str, dtype[name].shape) for name in dtype.names]
 
 
 def cpp_files():

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy
 
-from ..backends import Gradients
+from ..backends import Gradients, RoIGradients
 from ..geometry import Geometry, half_dtypes
+from ..roi_geometry import RoIGeometry
 from ..threads import get_num_threads
 from . import _native
 
@@ -158,6 +159,57 @@ def deform_conv_backward(
     return Gradients(*map(_copied, computed, asked))
 
 
+def roi_pool(geometry: RoIGeometry, x: Any, rois: Any, offset: Any, mask: Any) -> Any:
+    """Compute the average of every bin."""
+    out = _empty_like(x, geometry.output_shape)
+    result = _flat_place(out)
+    _native.roi_pool(
+        *_how(geometry),
+        _by_image(geometry, rois),
+        _bits(_in_elements(x)),
+        _bits(_flat(offset)),
+        _bits(_flat(mask)),
+        _bits(result),
+    )
+    return _copied(result, out)
+
+
+def roi_pool_backward(
+    geometry: RoIGeometry,
+    grad_output: Any,
+    x: Any,
+    rois: Any,
+    offset: Any,
+    mask: Any,
+    needs: frozenset[str],
+) -> RoIGradients:
+    """Compute the gradients in `needs`."""
+    asked = RoIGradients(
+        _empty_like(x, x.shape) if "x" in needs else None,
+        _empty_like(offset, offset.shape) if "offset" in needs else None,
+        _empty_like(mask, mask.shape) if "mask" in needs else None,
+    )
+    computed = RoIGradients(asked.x, _flat_place(asked.offset), _flat_place(asked.mask))
+    _native.roi_pool_backward(
+        *_how(geometry),
+        _by_image(geometry, rois),
+        _bits(_flat(grad_output)),
+        _bits(_in_elements(x)),
+        _bits(_flat(offset)),
+        _bits(_flat(mask)),
+        *map(_bits, computed),
+    )
+    return RoIGradients(*map(_copied, computed, asked))
+
+
+def _by_image(geometry: RoIGeometry, rois: Any) -> tuple[Any, Any, Any]:
+    """Return the regions, their indices by image, and where in that order those of each image begin."""
+    regions = numpy.ascontiguousarray(rois, numpy.float64)
+    images = regions[:, 0].astype(numpy.int64)
+    order = numpy.argsort(images, kind="stable")
+    return regions, order, numpy.searchsorted(images[order], numpy.arange(geometry.batch + 1))
+
+
 _ALIGNMENT = 64  # of a line of cache, and what jax asks for before it takes an array without a copy
 
 
@@ -174,7 +226,7 @@ def _isa() -> int:
     return _process_isa if chosen is None else chosen
 
 
-def _how(geometry: Geometry) -> tuple[int, int, int, int, int, Any]:
+def _how(geometry: Geometry | RoIGeometry) -> tuple[int, int, int, int, int, Any]:
     images, positions = _storage(geometry.dtype), _storage(geometry.position_dtype)
     dtype = _DTYPES[_FLOAT32 if images else geometry.dtype]
     return _isa(), dtype, images, positions, get_num_threads(), geometry.struct

@@ -33,10 +33,40 @@ def deform_conv_backward(
     grad_bias: Any,
 ) -> None: ...
 def address(array: Any) -> int: ...
+def roi_pool(
+    isa: int,
+    dtype: int,
+    images: int,
+    positions: int,
+    threads: int,
+    geometry: Any,
+    regions: Any,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    output: Any,
+) -> None: ...
+def roi_pool_backward(
+    isa: int,
+    dtype: int,
+    images: int,
+    positions: int,
+    threads: int,
+    geometry: Any,
+    regions: Any,
+    grad_output: Any,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    grad_x: Any,
+    grad_offset: Any,
+    grad_mask: Any,
+) -> None: ...
 def isas() -> list[tuple[str, bool]]: ...
 def dtypes() -> list[str]: ...
 def halves() -> list[str]: ...
 def geometry_size() -> int: ...
+def roi_geometry_size() -> int: ...
 def openmp_threads() -> int: ...
 def limit_process_threads(limit: int) -> None: ...
 def xla_handlers(isa: int) -> tuple[Any, Any]: ...

@@ -17,6 +17,11 @@ cdef extern from "geometry.hpp" namespace "dcn" nogil:
         int64_t ndim
 
 
+cdef extern from "roi_geometry.hpp" namespace "dcn" nogil:
+    cdef struct RoIGeometry:
+        int64_t batch
+
+
 cdef extern from "arrays.hpp" namespace "dcn" nogil:
     cdef struct Array:
         char* data
@@ -79,6 +84,29 @@ cdef extern from "dispatch.hpp" namespace "dcn" nogil:
         void* grad_weight
         void* grad_bias
 
+    cdef struct RoIArrays:
+        Storage images
+        Storage positions
+        const double* rois
+        const int64_t* order
+        const int64_t* begins
+        Array x
+        Planes offset
+        Planes mask
+
+    cdef struct RoIForwardArguments:
+        RoIGeometry geometry
+        RoIArrays arrays
+        Planes output
+
+    cdef struct RoIBackwardArguments:
+        RoIGeometry geometry
+        RoIArrays arrays
+        Planes grad_output
+        Array grad_x
+        Planes grad_offset
+        Planes grad_mask
+
     cdef struct Kernels:
         const char* isa
 
@@ -91,6 +119,8 @@ cdef extern from "dispatch.hpp" namespace "dcn" nogil:
     const char* half_name(int) noexcept
     Status forward(const Kernels&, DType, const ForwardArguments&, int, Interrupt) noexcept
     Status backward(const Kernels&, DType, const BackwardArguments&, int, Interrupt) noexcept
+    Status roi_forward(const Kernels&, DType, const RoIForwardArguments&, int, Interrupt) noexcept
+    Status roi_backward(const Kernels&, DType, const RoIBackwardArguments&, int, Interrupt) noexcept
 
 
 cdef extern from "xla.hpp" namespace "dcn::xla" nogil:
@@ -167,10 +197,26 @@ cdef class Buffers:
     cdef Geometry geometry(self, object record) except *:
         return (<Geometry*> self.take(record).buf)[0]
 
+    cdef RoIGeometry roi_geometry(self, object record) except *:
+        return (<RoIGeometry*> self.take(record).buf)[0]
+
+    cdef int roi_arrays(
+        self, RoIArrays* to, int images, int positions, object regions, object x, object offset, object mask
+    ) except -1:
+        to.images = <Storage> images
+        to.positions = <Storage> positions
+        rois, order, begins = regions
+        to.rois = <const double*> self.data(rois)
+        to.order = <const int64_t*> self.data(order)
+        to.begins = <const int64_t*> self.data(begins)
+        self.array(x, &to.x)
+        self.planes(offset, &to.offset)
+        return self.planes(mask, &to.mask)
+
 
 cdef int finish(Status status) except -1:
     if status == Status.kOutOfMemory:
-        raise MemoryError("no memory for the workspace of a deformable convolution")
+        raise MemoryError("no memory for the working space of this call")
     # The exception of the signal handler is already set.
     return -1 if status == Status.kInterrupted else 0
 
@@ -231,6 +277,44 @@ def address(array):
     return <size_t> Buffers().data(array)
 
 
+def roi_pool(
+    int isa, int dtype, int images, int positions, int threads, geometry, regions, x, offset, mask, output,
+):
+    """Write the average of every bin to `output`; a flat position axis is required of offset, mask and output.
+
+    `regions` are contiguous: rois (R, 5) in float64, their indices ordered by image, and where in that order those
+    of each image begin, with the end (int64).
+    """
+    cdef Buffers buffers = Buffers()
+    cdef RoIForwardArguments arguments
+    cdef Status status
+    arguments.geometry = buffers.roi_geometry(geometry)
+    buffers.roi_arrays(&arguments.arrays, images, positions, regions, x, offset, mask)
+    buffers.planes(output, &arguments.output, True)
+    with nogil:
+        status = roi_forward(isa_kernels(isa)[0], <DType> dtype, arguments, threads, interrupt())
+    finish(status)
+
+
+def roi_pool_backward(
+    int isa, int dtype, int images, int positions, int threads, geometry, regions,
+    grad_output, x, offset, mask, grad_x, grad_offset, grad_mask,
+):
+    """Write the gradients that are not None; all but x and grad_x need a flat position axis."""
+    cdef Buffers buffers = Buffers()
+    cdef RoIBackwardArguments arguments
+    cdef Status status
+    arguments.geometry = buffers.roi_geometry(geometry)
+    buffers.roi_arrays(&arguments.arrays, images, positions, regions, x, offset, mask)
+    buffers.planes(grad_output, &arguments.grad_output)
+    buffers.array(grad_x, &arguments.grad_x, True)
+    buffers.planes(grad_offset, &arguments.grad_offset, True)
+    buffers.planes(grad_mask, &arguments.grad_mask, True)
+    with nogil:
+        status = roi_backward(isa_kernels(isa)[0], <DType> dtype, arguments, threads, interrupt())
+    finish(status)
+
+
 def isas():
     """List (name, supported by this processor) of the instruction sets compiled in, best first."""
     return [(isa_kernels(i).isa.decode(), bool(isa_supported(i))) for i in range(isa_count())]
@@ -249,6 +333,11 @@ def halves():
 def geometry_size():
     """Return sizeof(Geometry)."""
     return sizeof(Geometry)
+
+
+def roi_geometry_size():
+    """Return sizeof(RoIGeometry)."""
+    return sizeof(RoIGeometry)
 
 
 def openmp_threads():

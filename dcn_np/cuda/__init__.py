@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy
 
-from ..backends import Gradients
+from ..backends import Gradients, RoIGradients
 from ..geometry import Geometry, half_dtypes
+from ..messages import NOT_ON_A_GPU
+from ..roi_geometry import RoIGeometry
 from . import engine
 
 
@@ -60,3 +62,21 @@ def deform_conv_backward(
         return engine.deform_conv_backward(
             device, geometry, grad_output, x, offset, mask, weight, needs, deterministic, float32_matmul
         )
+
+
+def roi_pool(geometry: RoIGeometry, x: Any, rois: Any, offset: Any, mask: Any) -> Any:
+    """Refuse: there are no such kernels yet."""
+    raise TypeError(f"x is an array on a GPU; {NOT_ON_A_GPU}")
+
+
+def roi_pool_backward(
+    geometry: RoIGeometry,
+    grad_output: Any,
+    x: Any,
+    rois: Any,
+    offset: Any,
+    mask: Any,
+    needs: frozenset[str],
+) -> RoIGradients:
+    """Refuse: there are no such kernels yet."""
+    raise TypeError(f"x is an array on a GPU; {NOT_ON_A_GPU}")

@@ -1,0 +1,300 @@
+// Pooling over regions, backward, without atomics.
+//
+// A block of channels of a slice of an image belongs to one thread at a time, which takes the image's regions
+// in order. Three dots per bin and block are kept for a strip of regions; their sums over blocks, in order,
+// are the gradients of offsets and masks.
+#pragma once
+
+#include "roi_plan.hpp"
+
+namespace dcn::DCN_ISA {
+
+// Output channels of one class.
+struct RoIBlock {
+  int64_t first, count, class_id;
+};
+
+constexpr int kDotsPerBin = 4;  // three are used: a vector of four is what sums() gives
+
+template <class T>
+struct RoIBackwardPlan : RoIPlan {
+  Slices<T> x, grad_x;
+  Storage images;
+  Planes grad_output, grad_offset, grad_mask;
+  bool grads_at_x, grads_at_positions;
+  int64_t class_blocks, blocks;  // of a slice
+  int64_t strip;                 // regions
+  int64_t rounds;                // images at a time
+  int threads;
+
+  static constexpr int64_t kBlock = 2 * kLanes<T>, kTileBins = 64;
+  static_assert(kTileBins <= kCopyPixels);
+
+  RoIBackwardPlan(const RoIBackwardArguments& arguments, int threads)
+      : RoIPlan(arguments.geometry, arguments.arrays),
+        x(arguments.geometry, arguments.arrays.x, arguments.arrays.images),
+        grad_x(arguments.geometry, arguments.grad_x, arguments.arrays.images),
+        images(arguments.arrays.images),
+        grad_output(arguments.grad_output),
+        grad_offset(arguments.grad_offset),
+        grad_mask(arguments.grad_mask),
+        grads_at_x(arguments.grad_x.data),
+        grads_at_positions(arguments.grad_offset.data || arguments.grad_mask.data),
+        class_blocks(ceil_div(class_outputs, kBlock)),
+        blocks(class_blocks * geometry.classes),
+        threads(threads) {
+    constexpr int64_t kDotsBytes = 6 << 20, kLeast = 16;
+    const int64_t bytes = bins * blocks * kDotsPerBin * static_cast<int64_t>(sizeof(T)) + 1;
+    strip = grads_at_positions ? clamp(kDotsBytes / bytes, least(kLeast, geometry.rois), geometry.rois)
+                               : geometry.rois;
+    rounds = round_images((x_elements() + grad_x_elements()) * sizeof(T), threads);
+  }
+  size_t x_elements() const { return grads_at_positions ? x.image_elements() : 0; }
+  size_t grad_x_elements() const { return grads_at_x ? grad_x.image_elements() : 0; }
+  int64_t dots_elements() const { return grads_at_positions ? strip * bins * blocks * kDotsPerBin : 0; }
+
+  RoIBlock block(int64_t index) const {
+    const int64_t class_id = index / class_blocks, within = index % class_blocks * kBlock;
+    return {class_id * class_outputs + within, least(kBlock, class_outputs - within), class_id};
+  }
+};
+
+template <class T>
+struct RoIBackwardBuffers {
+  struct PerThread {
+    PatchBuffers<T> patch;
+    T* gradients;  // of a tile of bins, channels-last
+  };
+  T* x;
+  T* grad_x;
+  T* dots;
+  PerThread* thread;
+
+  RoIBackwardBuffers(const RoIBackwardPlan<T>& plan, Workspace& space) {
+    x = space.take<T>(plan.rounds * plan.x_elements());
+    grad_x = space.take<T>(plan.rounds * plan.grad_x_elements());
+    dots = space.take<T>(plan.dots_elements());
+    thread = space.take<PerThread>(plan.threads);
+    for (int i = 0; i < plan.threads; ++i) {
+      const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
+                              space.take<T>(plan.kTileBins * plan.kBlock)};
+      if (thread) thread[i] = mine;
+    }
+  }
+};
+
+template <class T>
+class RoIBackwardRun {
+ public:
+  RoIBackwardRun(const RoIBackwardPlan<T>& plan, const RoIBackwardBuffers<T>& buffers, Team& team)
+      : plan_(plan), buffers_(buffers), team_(team) {}
+
+  bool run() {
+    for (first_image_ = 0; first_image_ < plan_.geometry.batch; first_image_ += plan_.rounds) {
+      images_ = least(plan_.rounds, plan_.geometry.batch - first_image_);
+      if (!copy_in() || !strips() || !copy_out()) return false;
+    }
+    return true;
+  }
+
+ private:
+  int64_t slices() const { return plan_.x.count; }
+
+  bool copy_in() {
+    const int64_t x_items = plan_.grads_at_positions ? plan_.x.copy_items() : 0;
+    const int64_t pixels = plan_.geometry.input[0] * plan_.geometry.input[1];
+    const int64_t zero_items = plan_.grads_at_x ? slices() * ceil_div(pixels, kCopyPixels) : 0;
+    const int64_t items = x_items + zero_items;
+    return team_.run(items * images_, [&](int64_t item, int) {
+      const int64_t slot = item / items, at = item % items, slice = at % slices();
+      if (at < x_items)
+        for_each_block([&](const RoIBlock& block) {
+          plan_.x.slice(slice).copy_in(first_image_ + slot, at / slices(),
+                                       plan_.x.buffer(buffers_.x, slot, slice), block.first, block.count);
+        });
+      else
+        clear(slot, (at - x_items) % slices(), (at - x_items) / slices() * kCopyPixels, pixels);
+    });
+  }
+
+  void clear(int64_t slot, int64_t slice, int64_t first, int64_t pixels) {
+    for_each_block([&](const RoIBlock& block) {
+      clear_pixels<T>(view(plan_.grad_x, buffers_.grad_x, slot, slice, block), plan_.geometry.input, first,
+                      least(first + kCopyPixels, pixels), block.count);
+    });
+  }
+
+  bool copy_out() {
+    const int64_t items = plan_.grads_at_x ? plan_.grad_x.copy_items() : 0;
+    return team_.run(items * images_, [&](int64_t item, int) {
+      const int64_t slot = item / items, slice = item % items % slices();
+      for_each_block([&](const RoIBlock& block) {
+        plan_.grad_x.slice(slice).copy_out(first_image_ + slot, item % items / slices(),
+                                           plan_.grad_x.buffer(buffers_.grad_x, slot, slice), block.first,
+                                           block.count);
+      });
+    });
+  }
+
+  template <class Body>
+  void for_each_block(const Body& body) const {
+    for (int64_t index = 0; index < plan_.blocks; ++index) body(plan_.block(index));
+  }
+
+  Pixels<2> view(const Slices<T>& images, T* buffer, int64_t slot, int64_t slice,
+                 const RoIBlock& block) const {
+    return images.view(first_image_ + slot, buffer, slot, slice, block.first, block.count);
+  }
+
+  bool strips() {
+    const int64_t begin = plan_.begins[first_image_], end = plan_.begins[first_image_ + images_];
+    for (int64_t first = begin; first < end; first += plan_.strip) {
+      const int64_t last = least(first + plan_.strip, end);
+      const int64_t items = slices() * plan_.blocks;
+      const bool finished = team_.run(items * images_, [&](int64_t item, int thread) {
+        const int64_t slot = item / items, at = item % items;
+        visit_block(slot, at / plan_.blocks, at % plan_.blocks, first, last, thread);
+      });
+      if (!finished || !combine(first, last)) return false;
+    }
+    return true;
+  }
+
+  // The regions first to last, in the order by images, that lie in the image.
+  void visit_block(int64_t slot, int64_t slice, int64_t index, int64_t first, int64_t last, int thread) {
+    const int64_t begin = plan_.begins[first_image_ + slot], end = plan_.begins[first_image_ + slot + 1];
+    const RoIBlock block = plan_.block(index);
+    const Pixels<2> x =
+        plan_.grads_at_positions ? view(plan_.x, buffers_.x, slot, slice, block) : Pixels<2>{};
+    const Pixels<2> grad_x =
+        plan_.grads_at_x ? view(plan_.grad_x, buffers_.grad_x, slot, slice, block) : Pixels<2>{};
+    for (int64_t at = begin > first ? begin : first; at < least(end, last); ++at) {
+      Patch<T> patch(plan_, buffers_.thread[thread].patch, plan_.order[at]);
+      for_each_tile(slice, [&](int64_t bin, int64_t count) {
+        if (!team_.keep_going(thread)) return;
+        T* gradients = buffers_.thread[thread].gradients;
+        copy_gradients(plan_.order[at], bin, count, block, gradients);
+        for (int64_t i = 0; i < count; ++i) {
+          if (plan_.grads_at_positions)
+            patch.template locate<true>(bin + i, block.class_id);
+          else
+            patch.template locate<false>(bin + i, block.class_id);
+          visit(patch, x, grad_x, block, gradients + i * block.count, dots_of(at - first, bin + i, index));
+        }
+      });
+    }
+  }
+
+  // Calls body(first bin, count) for runs of the bins that read a slice.
+  template <class Body>
+  void for_each_tile(int64_t slice, const Body& body) const {
+    const RoIGeometry& geometry = plan_.geometry;
+    const int64_t width = geometry.output[1];
+    Range rows = bins_of_part(slice / geometry.group, geometry.group, geometry.output[0]);
+    Range columns = bins_of_part(slice % geometry.group, geometry.group, width);
+    if (columns.end - columns.first == width) {  // whole rows follow each other without a gap
+      columns = {rows.first * width, rows.end * width};
+      rows = {0, 1};
+    }
+    for (int64_t row = rows.first; row < rows.end; ++row)
+      for (int64_t first = columns.first; first < columns.end; first += plan_.kTileBins)
+        body(row * width + first, least(plan_.kTileBins, columns.end - first));
+  }
+
+  void copy_gradients(int64_t roi, int64_t bin, int64_t count, const RoIBlock& block, T* to) const {
+    const Planes& from = plan_.grad_output;
+    char* data = from.data + roi * from.batch + block.first * from.channel + bin * from.position;
+    const StoredMatrix<T> stored = {data, from.position, from.channel, plan_.images};
+    stored.copy_to(count, block.count, {to, block.count, 1});
+  }
+
+  void visit(const Patch<T>& patch, const Pixels<2>& x, const Pixels<2>& grad_x, const RoIBlock& block,
+             const T* gradient, T* dots) const {
+    if (!patch.touches) {
+      if (plan_.grads_at_positions) __builtin_memset(dots, 0, kDotsPerBin * sizeof(T));
+      return;
+    }
+    const auto with = [&](auto dotted, auto scattered) {
+      constexpr bool kDots = decltype(dotted)::count, kScatter = decltype(scattered)::count;
+      const T factor = patch.inverse * patch.mask;
+      if (patch.plain())
+        visit_patch<T, kDots, kScatter, true>(patch.rows, patch.columns, x, grad_x, block.count, gradient,
+                                              factor, dots);
+      else
+        visit_patch<T, kDots, kScatter, false>(patch.rows, patch.columns, x, grad_x, block.count, gradient,
+                                               factor, dots);
+    };
+    if (!plan_.grads_at_x) return with(Lanes<1>{}, Lanes<0>{});
+    if (!plan_.grads_at_positions) return with(Lanes<0>{}, Lanes<1>{});
+    with(Lanes<1>{}, Lanes<1>{});
+  }
+
+  T* dots_of(int64_t region, int64_t bin, int64_t block) const {
+    return buffers_.dots + ((region * plan_.bins + bin) * plan_.blocks + block) * kDotsPerBin;
+  }
+
+  bool combine(int64_t first, int64_t last) {
+    if (!plan_.grads_at_positions) return true;
+    return team_.run(last - first, [&](int64_t item, int thread) {
+      const int64_t roi = plan_.order[first + item];
+      Patch<T> patch(plan_, buffers_.thread[thread].patch, roi);
+      if (plan_.grad_mask.data)
+        for (int64_t bin = 0; bin < plan_.bins; ++bin) {
+          patch.template locate<false>(bin, 0);
+          put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, gradients(patch, item, bin, 0).mask);
+        }
+      if (plan_.grad_offset.data) combine_offsets(patch, item, roi);
+    });
+  }
+
+  void combine_offsets(Patch<T>& patch, int64_t item, int64_t roi) {
+    const RoIGeometry& geometry = plan_.geometry;
+    for (int64_t class_id = 0; class_id < geometry.classes; ++class_id)
+      for (int64_t part = 0; part < geometry.part[0] * geometry.part[1]; ++part) {
+        const Range rows = bins_of_part(part / geometry.part[1], geometry.part[0], geometry.output[0]);
+        const Range columns = bins_of_part(part % geometry.part[1], geometry.part[1], geometry.output[1]);
+        T y = 0, x = 0;
+        for (int64_t row = rows.first; row < rows.end; ++row)
+          for (int64_t column = columns.first; column < columns.end; ++column) {
+            const int64_t bin = row * geometry.output[1] + column;
+            patch.template locate<false>(bin, class_id);
+            const BinGradients grads = gradients(patch, item, bin, class_id);
+            y += grads.y, x += grads.x;
+          }
+        put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id, part, x);
+        put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id + 1, part, y);
+      }
+  }
+
+  struct BinGradients {
+    T mask, y, x;
+  };
+  BinGradients gradients(const Patch<T>& patch, int64_t region, int64_t bin, int64_t class_id) const {
+    const T nan = static_cast<T>(DCN_NAN);
+    if (patch.is_nan) return {nan, nan, nan};
+    if (!patch.touches) return {0, 0, 0};
+    T totals[3] = {};
+    for (int64_t i = 0; i < plan_.class_blocks; ++i) {
+      const T* dots = dots_of(region, bin, class_id * plan_.class_blocks + i);
+      for (int k = 0; k < 3; ++k) totals[k] += dots[k];
+    }
+    return {patch.inverse * totals[0], patch.mask * (patch.slope_scale(0) * totals[1]),
+            patch.mask * (patch.slope_scale(1) * totals[2])};
+  }
+
+  const RoIBackwardPlan<T>& plan_;
+  const RoIBackwardBuffers<T>& buffers_;
+  Team& team_;
+  int64_t first_image_ = 0, images_ = 0;
+};
+
+template <class T>
+Status roi_backward(const RoIBackwardArguments& arguments, Team& team) {
+  const RoIBackwardPlan<T> plan(arguments, team.threads());
+  if (!plan.grads_at_x && !plan.grads_at_positions) return Status::kOk;
+  return with_workspace<RoIBackwardBuffers<T>>(plan, [&](const RoIBackwardBuffers<T>& buffers) {
+    return RoIBackwardRun<T>(plan, buffers, team).run();
+  });
+}
+
+}  // namespace dcn::DCN_ISA

@@ -1,0 +1,195 @@
+// What both passes of the pooling over regions share: the cut of channels, the copies of images, and the
+// patch of a bin.
+#pragma once
+
+#include "plan.hpp"
+#include "roi_patch.hpp"
+
+namespace dcn::DCN_ISA {
+
+struct Range {
+  int64_t first, end;
+};
+
+// The bins that `part` of `parts` has, where bin i belongs to part floor(i * parts / bins).
+DCN_INLINE Range bins_of_part(int64_t part, int64_t parts, int64_t bins) {
+  return {ceil_div(part * bins, parts), ceil_div((part + 1) * bins, parts)};
+}
+
+// Of images of x: group^2 slices of the channels, each of which some bins read; slice s has the channels s,
+// s + group^2, ... An image is copied slice by slice.
+template <class T>
+struct Slices {
+  Array array;
+  Storage storage;
+  int64_t count, channels;
+  const int64_t* extents;
+
+  Slices(const RoIGeometry& geometry, const Array& array, Storage storage)
+      : array(array),
+        storage(storage),
+        count(geometry.group * geometry.group),
+        channels(geometry.outputs),
+        extents(geometry.input) {}
+  Images<T, 2> slice(int64_t index) const {
+    Array part = array;
+    part.data += index * array.channel;
+    part.channel *= count;
+    return Images<T, 2>(part, storage, channels, extents);
+  }
+  size_t slice_elements() const { return slice(0).buffer_elements(); }
+  size_t image_elements() const { return count * slice_elements(); }
+  int64_t copy_items() const { return count * slice(0).copy_items(); }
+
+  // Pixels of some channels of a slice; `images` holds the copies of a round, one image to a slot.
+  Pixels<2> view(int64_t image, T* images, int64_t slot, int64_t index, int64_t first, int64_t count) const {
+    return slice(index).view(image, buffer(images, slot, index), first, count);
+  }
+  T* buffer(T* images, int64_t slot, int64_t index) const {
+    return images + slot * image_elements() + index * slice_elements();
+  }
+};
+
+// The geometry with what follows from it.
+struct RoIPlan {
+  const RoIGeometry& geometry;
+  const double* rois;     // (rois, 5)
+  const int64_t* order;   // the regions by image
+  const int64_t* begins;  // (batch + 1): where each image's begin in `order`
+  Planes offset, mask;
+  Storage positions;
+  int64_t bins, class_outputs;
+
+  RoIPlan(const RoIGeometry& geometry, const RoIArrays& arrays)
+      : geometry(geometry),
+        rois(arrays.rois),
+        order(arrays.order),
+        begins(arrays.begins),
+        offset(arrays.offset),
+        mask(arrays.mask),
+        positions(arrays.positions),
+        bins(geometry.output[0] * geometry.output[1]),
+        class_outputs(geometry.outputs / geometry.classes) {}
+
+  int64_t row(int64_t bin) const { return bin / geometry.output[1]; }
+  int64_t column(int64_t bin) const { return bin % geometry.output[1]; }
+  // Of the region's offsets, the one that moves a bin; likewise the slice of x that it reads.
+  int64_t part(int64_t bin) const {
+    return row(bin) * geometry.part[0] / geometry.output[0] * geometry.part[1] +
+           column(bin) * geometry.part[1] / geometry.output[1];
+  }
+  int64_t slice(int64_t bin) const {
+    return row(bin) * geometry.group / geometry.output[0] * geometry.group +
+           column(bin) * geometry.group / geometry.output[1];
+  }
+  // Images whose copies, `bytes` each, exist at the same time.
+  int64_t round_images(size_t bytes, int threads) const {
+    constexpr size_t kRoundBytes = 2 << 20;
+    const int64_t images = static_cast<int64_t>(kRoundBytes * threads / (bytes + 1));
+    return clamp(images, 1, geometry.batch > 0 ? geometry.batch : 1);
+  }
+};
+
+template <class T>
+DCN_INLINE T number_at(const Planes& planes, Storage storage, int64_t batch, int64_t channel,
+                       int64_t position) {
+  const char* from =
+      planes.data + batch * planes.batch + channel * planes.channel + position * planes.position;
+  T value;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (storage != Storage::kSame) {
+      widen_some(storage, from, kHalfBytes, 1, &value);
+      return value;
+    }
+  }
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class T>
+DCN_INLINE void put_number(const Planes& planes, Storage storage, int64_t batch, int64_t channel,
+                           int64_t position, T value) {
+  if (!planes.data) return;
+  char* to = planes.data + batch * planes.batch + channel * planes.channel + position * planes.position;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (storage != Storage::kSame) return narrow_some(storage, &value, 1, to, kHalfBytes);
+  }
+  __builtin_memcpy(to, &value, sizeof value);
+}
+
+// The memory of a Patch: lines in two axes.
+template <class T>
+struct PatchBuffers {
+  Line<T>* lines[2];
+  double* sums[2];
+
+  PatchBuffers() = default;
+  PatchBuffers(const RoIGeometry& geometry, Workspace& space) {
+    for (int axis = 0; axis < 2; ++axis) {
+      lines[axis] = space.take<Line<T>>(geometry.input[axis]);
+      sums[axis] = space.take<double>(2 * geometry.input[axis]);
+    }
+  }
+};
+
+// The bins of one region, one at a time.
+template <class T>
+class Patch {
+ public:
+  Lines<T> rows, columns;
+  bool is_nan;
+  bool touches;  // there are pixels, and the average is a number
+  T inverse;     // of the number of samples
+  T mask;
+
+  Patch(const RoIPlan& plan, const PatchBuffers<T>& buffers, int64_t roi)
+      : rows(lines(plan, buffers, 0)),
+        columns(lines(plan, buffers, 1)),
+        plan_(plan),
+        roi_(roi),
+        y_(plan.geometry, plan.rois[roi * 5 + 2], plan.rois[roi * 5 + 4], 0),
+        x_(plan.geometry, plan.rois[roi * 5 + 1], plan.rois[roi * 5 + 3], 1) {}
+
+  template <bool kSlopes>
+  void locate(int64_t bin, int64_t class_id) {
+    const double scale = plan_.geometry.offset_scale, y = offset(bin, class_id, 1),
+                 x = offset(bin, class_id, 0);
+    is_nan = touches = false;
+    mask = plan_.mask.data ? number_at<T>(plan_.mask, plan_.positions, roi_, 0, bin) : T(1);
+    if (!(y_.samples > 0 && x_.samples > 0)) return;
+    is_nan = y != y || x != x;
+    if (is_nan) return;
+    // Without offsets the bins of a row share their rows of pixels.
+    if (plan_.offset.data || plan_.row(bin) != row_) {
+      row_ = plan_.row(bin);
+      rows.template find<kSlopes>(y_, y_.base(row_, y, scale));
+    }
+    if (!rows.weighs) return;
+    columns.template find<kSlopes>(x_, x_.base(plan_.column(bin), x, scale));
+    touches = columns.weighs;
+    if (touches) samples_ = rows.samples * columns.samples, inverse = static_cast<T>(1 / samples_);
+  }
+  bool plain() const { return rows.plain && columns.plain; }
+  // d coordinate / d offset, over the number of samples; y is axis 0.
+  T slope_scale(int axis) const {
+    return static_cast<T>(plan_.geometry.offset_scale * (axis == 0 ? y_ : x_).size / samples_);
+  }
+
+ private:
+  static Lines<T> lines(const RoIPlan& plan, const PatchBuffers<T>& buffers, int axis) {
+    double* sums = buffers.sums[axis];
+    return {buffers.lines[axis], {sums, sums + plan.geometry.input[axis]}, 0, 0, false, false};
+  }
+  double offset(int64_t bin, int64_t class_id, int64_t channel) const {
+    if (!plan_.offset.data) return 0;
+    return number_at<T>(plan_.offset, plan_.positions, roi_, 2 * class_id + channel, plan_.part(bin));
+  }
+
+  const RoIPlan& plan_;
+  int64_t roi_;
+  RoIAxis y_, x_;
+  int64_t row_ = -1;
+  double samples_ = 0;
+};
+
+}  // namespace dcn::DCN_ISA

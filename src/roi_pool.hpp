@@ -1,0 +1,3 @@
+#pragma once
+#include "roi_backward.hpp"
+#include "roi_forward.hpp"
