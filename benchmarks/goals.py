@@ -7,6 +7,7 @@ implementation, taken inside the rounds; "faster" turns the ratio round.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +116,9 @@ def _one_count(measured: Measured, threads: int) -> Iterator[Row]:
     yield Row(f"{forward}: one small call", False, CALL_SECONDS * 1e3, reached, ("S9",), " ms")
 
 
-def _second_thread(measured: Measured, threads: Sequence[int]) -> Iterator[Row]:
+def _second_thread(
+    measured: Measured, threads: Sequence[int], shapes: Sequence[str] = LARGE
+) -> Iterator[Row]:
     if not {1, 2} <= set(threads):
         return
     for passes in ("forward", "both"):
@@ -124,7 +127,7 @@ def _second_thread(measured: Measured, threads: Sequence[int]) -> Iterator[Row]:
             one, two = (measured.seconds(shape, passes, measured.own, count) for count in (1, 2))
             return in_round_ratio(one, two)
 
-        for shape in LARGE:
+        for shape in shapes:
             yield _mean(f"{passes}: gain of the second thread", 1.8, (shape,), ratio, at_least=True)
 
 
@@ -145,6 +148,28 @@ def _variants(measured: Measured, threads: Sequence[int]) -> Iterator[Row]:
                 row = _worst(f"{passes}, threads {count}: {title}, worst", goal, DENSE, ratio)
                 if row.met is not None:
                     yield row
+
+
+def region_rows(cases: Sequence[Case], own: str = "dcn_np") -> list[Row]:
+    """The goals of regions.py: R1 is roi_align, R2 and R3 are deformable, R4 is position-sensitive."""
+    measured = Measured(cases, own)
+    threads = sorted({case.threads for case in cases})
+    found: list[Row] = []
+    for count in threads:
+        suffix = f"{count} thread{'s' if count > 1 else ''}"
+        rivals = (("R1", "forward", "onnxruntime"), ("R1", "both", "paddle"), ("R4", "forward", "openvino"))
+        for shape, passes, other in rivals:
+
+            def ratio(shape: str, passes: str = passes, count: int = count, other: str = other) -> float:
+                return measured.against(shape, passes, count, other)
+
+            found.append(_faster(f"{passes}, {suffix}: faster than {other}", 3.0, (shape,), ratio))
+        for shape, passes in itertools.product(("R2", "R3"), ("forward", "both")):
+            times = [measured.seconds(name, passes, own, count) for name in (shape, "R1")]
+            medians = [statistics.median(seconds) if seconds else math.nan for seconds in times]
+            reached = medians[0] / medians[1]
+            found.append(Row(f"{passes}, {suffix}: to roi_align", False, 1.3, reached, (shape,)))
+    return found + list(_second_thread(measured, threads, ("R1", "R2", "R3", "R4")))
 
 
 def _timed(shapes: Sequence[str], ratio: Ratio) -> dict[str, float]:

@@ -129,7 +129,7 @@ def add_pass_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the passes and threads to time."""
     words = "comma-separated; default"
     parser.add_argument("--passes", type=subset(PASSES), default=list(PASSES), help=f"{words} forward,both")
-    parser.add_argument("--threads", type=_counts, default=None, help=f"{words} 1 and all that may be used")
+    parser.add_argument("--threads", type=counts, default=None, help=f"{words} 1 and all that may be used")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, rounds: int = 7) -> None:
@@ -160,7 +160,8 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _counts(text: str) -> list[int]:
+def counts(text: str) -> list[int]:
+    """A type for argparse: comma-separated positive numbers."""
     return [_count(word) for word in text.split(",")]
 
 

@@ -137,7 +137,7 @@ def time_problem(
         for implementation in implementations:
             for count in threads:
                 case = Case(implementation, problem, passes, dtype, count)
-                work = _validated(case, *layers[implementation.deforms])
+                work = validated(case, *layers[implementation.deforms])
                 if work is not None:
                     ready.append((case, work))
                 if work is not None or case.refused:
@@ -147,7 +147,7 @@ def time_problem(
     return cases
 
 
-def _validated(case: Case, data: Data, expected: Expected) -> Work | None:
+def validated(case: Case, data: Data, expected: Expected) -> Work | None:
     """The work of a case that is right; one that is wrong keeps the reason."""
     work = case.implementation.prepare(case.problem, data, case.passes, case.threads)
     if work is None:
