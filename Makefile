@@ -12,7 +12,8 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
 # Nothing from outside may shadow what is tested.
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: demo test test-gpu bench-gpu test-frameworks build lint types bench wheel sdist sanitize clean
+.PHONY: demo test test-gpu bench-gpu test-frameworks test-torch test-tensorflow test-paddle
+.PHONY: build lint types bench wheel sdist sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -25,12 +26,19 @@ test: $(VENV)/ready
 build: $(VENV)/ready-dev
 	$(BIN)/python setup.py build_ext --inplace
 
-# What needs a framework, in an environment of its own.
+# What needs a framework, in environments of their own.
 FRAMEWORKS = torch==2.13.0 onnxscript jax 'dask[array]' distributed tqdm
-test-frameworks: .venv-frameworks/ready
+TENSORFLOW = 'tensorflow-cpu==2.21.*'
+PADDLE = 'paddlepaddle==3.3.*'
+test-frameworks: test-torch test-tensorflow test-paddle
+
+test-torch: .venv-frameworks/ready
 	DCN_NP_TEST_FRAMEWORKS=1 .venv-frameworks/bin/python -m pytest -W default \
-		tests/frameworks tests/test_pth.py tests/test_checkpoints.py tests/test_benchmarks_gpu.py \
+		$(filter-out %_tensorflow.py %_paddle.py,$(wildcard tests/frameworks/test_*.py)) tests/test_pth.py tests/test_checkpoints.py tests/test_benchmarks_gpu.py \
 		tests/test_onnx.py tests/test_dask.py $(TESTS)
+
+test-tensorflow test-paddle: test-%: .venv-%/ready
+	DCN_NP_TEST_FRAMEWORKS=1 .venv-$*/bin/python -m pytest -W default tests/frameworks/test_$*.py $(TESTS)
 
 # On a GPU, with the Python and packages that are there (CuPy, NVRTC, Cython, setuptools; pytest, hypothesis, ml_dtypes;
 # torch, torchvision): nothing is downloaded. The records go to benchmarks/results/.
@@ -61,11 +69,14 @@ sanitize: $(VENV)/ready-dev
 	tools/sanitize.sh $(BIN)
 
 clean:
-	rm -rf $(VENV) .venv-frameworks build dist *.egg-info dcn_np/*.so dcn_np/cpu/*.so
+	rm -rf $(VENV) .venv-frameworks .venv-tensorflow .venv-paddle build dist *.egg-info dcn_np/*.so dcn_np/cpu/*.so
 
-.venv-frameworks/ready: $(SOURCES)
-	$(PYTHON) -m venv .venv-frameworks
-	.venv-frameworks/bin/python -m pip install --quiet --disable-pip-version-check $(FRAMEWORKS) --editable '.[test]'
+.venv-frameworks/ready: PACKAGES = $(FRAMEWORKS) --editable '.[test]'
+.venv-tensorflow/ready: PACKAGES = $(TENSORFLOW) hypothesis ml_dtypes pytest --editable .
+.venv-paddle/ready: PACKAGES = $(PADDLE) hypothesis ml_dtypes pytest --editable .
+.venv-frameworks/ready .venv-tensorflow/ready .venv-paddle/ready: $(SOURCES)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGES)
 	@touch $@
 
 $(BIN)/python:

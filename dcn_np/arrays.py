@@ -44,6 +44,10 @@ _IMPORTERS = {
 }
 # These want the capsule itself.
 _TAKES_CAPSULES = {"tensorflow", "paddle"}
+# Nothing may write to the tensors of these, though their capsules cannot say so.
+_IMMUTABLE = {"tensorflow"}
+# A tensor of these says whether it requires a gradient, and is_grad_enabled() whether gradients are recorded.
+_RECORDERS = {"torch", "paddle"}
 
 
 # Library, DLPack's type of the device, its number.
@@ -209,7 +213,7 @@ def _device_of(value: Any) -> tuple[int, int]:
     """Return type and number of the device that an array says it is on; (0, 0) where that fails."""
     try:
         device_type, number = value.__dlpack_device__()
-        return int(device_type), int(number)
+        return int(device_type), int(number or 0)  # paddle's CPU has None for a number
     except Exception:  # whatever another library raises: taking the array says what is wrong
         return 0, 0
 
@@ -231,7 +235,10 @@ def _from_dlpack(name: str, value: Any, device_type: int) -> Array:
     if device_type in _CUDA:
         cupy = _cupy(name)
         return _aligned_on_gpu(name, _asked(name, value, cupy.from_dlpack))
-    return _asked(name, value, _on_cpu)
+    array = _asked(name, value, _on_cpu)
+    if _library_of(value) in _IMMUTABLE:
+        array.setflags(write=False)
+    return array
 
 
 def _asked(name: str, value: Any, take: Any) -> Array:
@@ -295,14 +302,14 @@ def _cupy(name: str) -> Any:
 
 
 def _without_gradient(name: str, value: Any) -> Any:
-    """Return a tensor of torch without its gradient, or refuse it where it would be missed."""
+    """Return a tensor of torch or paddle without its gradient, or refuse it where it would be missed."""
     if not getattr(value, "requires_grad", False):
         return value
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.is_grad_enabled():
+    library = _library_of(value)
+    if library in _RECORDERS and sys.modules[library].is_grad_enabled():
         raise TypeError(
-            f"{name} is a torch.Tensor that requires a gradient, which this function does not record; "
-            "dcn_np.torch has the same functions with gradients, and under torch.no_grad() or with "
+            f"{name} is a {library}.Tensor that requires a gradient, which this function does not record; "
+            f"dcn_np.{library} has the same functions with gradients, and under {library}.no_grad() or with "
             f"{name}.detach() this one computes the value"
         )
     return value.detach()
@@ -364,6 +371,8 @@ def _hint(name: str, value: Any) -> str:
         return _NO_MASK
     if type(value).__module__.startswith("jax."):  # a tracer
         return "; dcn_np.jax has the same functions for what JAX traces"
+    if _library_of(value) == "tensorflow":
+        return "; dcn_np.tensorflow takes variables, and tensors of a graph"
     if hasattr(value, "__dlpack__"):
         return f"; numpy.from_dlpack({name}) or numpy.asarray({name}) converts"
     return f"; numpy.asarray({name}) converts" if isinstance(value, list) else ""

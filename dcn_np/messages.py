@@ -41,7 +41,7 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, str):
         return reprlib.repr(value)
     kind = type(value).__name__
-    if isinstance(getattr(value, "shape", None), tuple):
+    if isinstance(getattr(value, "shape", None), tuple | list):
         return f"an array ({kind}) of shape {tuple(value.shape)}"
     return f"{reprlib.repr(value)} ({kind})"
 
@@ -55,6 +55,13 @@ def per_axis(values: Sequence[Any]) -> str:
     """Write one value per axis as the caller would: once if they are equal."""
     once = [value[0] if isinstance(value, tuple) and value[0] == value[1] else value for value in values]
     return str(once[0]) if len(set(once)) == 1 else str(tuple(once))
+
+
+def no_second_derivative(module: str) -> str:
+    """Say that the gradients of a module's functions have none."""
+    return (
+        f"the gradients of {module}'s functions cannot be differentiated: second derivatives are not computed"
+    )
 
 
 # ---- dtypes and axes

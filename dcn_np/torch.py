@@ -34,7 +34,7 @@ __all__ = [
     "replace_convs",
 ]
 
-_INPUTS = ("x", "offset", "mask", "weight", "bias")
+_INPUTS = dcn_np.Gradients._fields
 
 # ---- operators; `padding` is begin and end of each axis after the other, others have one entry per axis
 

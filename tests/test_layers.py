@@ -46,6 +46,8 @@ MAY_IMPORT = {
     "cgroup": set(),
     "torch": {"checkpoints", "dcn_np"},
     "onnx": {"dcn_np"},
+    "paddle": {"dcn_np", "messages"},
+    "tensorflow": {"cpu", "dcn_np", "geometry", "messages"},
     "threads": {"cgroup", "cpu._native"},
     "reference": {"reference.deform_conv", "reference.feature_mimic", "reference.roi_pool"},
     "reference.deform_conv": set(),
@@ -57,13 +59,15 @@ MAY_IMPORT = {
 }
 
 # Each for one framework, which it imports; nothing imports them.
-ADAPTERS = {"dask", "jax", "onnx", "torch"}
+ADAPTERS = {"dask", "jax", "onnx", "paddle", "tensorflow", "torch"}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
 MAY_ALSO_REQUIRE = {
     "torch": {"torch"},
     "onnx": {"onnx", "onnxscript", "torch"},
+    "paddle": {"paddle"},
+    "tensorflow": {"tensorflow"},
     "cuda": {"ml_dtypes"},
     "cuda.device": {"cupy"},
     "dask": {"dask"},
