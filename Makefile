@@ -34,8 +34,8 @@ test-frameworks: test-torch test-tensorflow test-paddle
 
 test-torch: .venv-frameworks/ready
 	DCN_NP_TEST_FRAMEWORKS=1 .venv-frameworks/bin/python -m pytest -W default \
-		$(filter-out %_tensorflow.py %_paddle.py,$(wildcard tests/frameworks/test_*.py)) tests/test_pth.py tests/test_checkpoints.py tests/test_benchmarks_gpu.py \
-		tests/test_onnx.py tests/test_dask.py $(TESTS)
+		$(filter-out %_tensorflow.py %_paddle.py,$(wildcard tests/frameworks/test_*.py)) \
+		tests/test_pth.py tests/test_checkpoints.py tests/test_benchmarks_gpu.py tests/test_onnx.py tests/test_dask.py $(TESTS)
 
 test-tensorflow test-paddle: test-%: .venv-%/ready
 	DCN_NP_TEST_FRAMEWORKS=1 .venv-$*/bin/python -m pytest -W default tests/frameworks/test_$*.py $(TESTS)
