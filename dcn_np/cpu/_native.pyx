@@ -280,10 +280,10 @@ def address(array):
 def roi_pool(
     int isa, int dtype, int images, int positions, int threads, geometry, regions, x, offset, mask, output,
 ):
-    """Write the average of every bin to `output`; a flat position axis is required of offset, mask and output.
+    """Write the average of every bin to `output`; offset, mask and output need a flat position axis.
 
-    `regions` are contiguous: rois (R, 5) in float64, their indices ordered by image, and where in that order those
-    of each image begin, with the end (int64).
+    `regions` are contiguous: rois (R, 5) in float64, their indices ordered by image, and where in that order
+    those of each image begin, with the end (int64).
     """
     cdef Buffers buffers = Buffers()
     cdef RoIForwardArguments arguments
