@@ -214,19 +214,14 @@ class RoIBackwardRun {
       if (plan_.grads_at_positions) __builtin_memset(dots, 0, kDotsPerBin * sizeof(T));
       return;
     }
-    const auto with = [&](auto dotted, auto scattered) {
-      constexpr bool kDots = decltype(dotted)::count, kScatter = decltype(scattered)::count;
-      const T factor = patch.inverse * patch.mask;
+    if (plan_.grads_at_positions) {
       if (patch.plain())
-        visit_patch<T, kDots, kScatter, true>(patch.rows, patch.columns, x, grad_x, block.count, gradient,
-                                              factor, dots);
+        dot_patch<T, true>(patch.rows, patch.columns, x, block.count, gradient, dots);
       else
-        visit_patch<T, kDots, kScatter, false>(patch.rows, patch.columns, x, grad_x, block.count, gradient,
-                                               factor, dots);
-    };
-    if (!plan_.grads_at_x) return with(Lanes<1>{}, Lanes<0>{});
-    if (!plan_.grads_at_positions) return with(Lanes<0>{}, Lanes<1>{});
-    with(Lanes<1>{}, Lanes<1>{});
+        dot_patch<T, false>(patch.rows, patch.columns, x, block.count, gradient, dots);
+    }
+    if (plan_.grads_at_x)
+      scatter_patch<T>(patch.rows, patch.columns, grad_x, block.count, gradient, patch.inverse * patch.mask);
   }
 
   T* dots_of(int64_t region, int64_t bin, int64_t block) const {

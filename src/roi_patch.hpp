@@ -24,7 +24,7 @@ struct Lines {
   int64_t count;
   double samples;  // what the axis contributes to the number of samples of the average
   bool weighs;     // a line has a weight
-  bool plain;      // every line has a weight and, where they were asked for, a slope
+  bool plain;      // every line has a weight and a slope
 
   // Ascending samples touch no line but the last two again.
   DCN_INLINE int64_t line_of(int64_t index) {
@@ -56,18 +56,18 @@ struct Lines {
       if (moves) sums[1][high] += 1;
     }
     samples = axis.counts_all ? axis.samples : static_cast<double>(inside);
-    finish(kSlopes);
+    finish();
   }
 
  private:
-  void finish(bool slopes) {
+  void finish() {
     weighs = false;
     plain = true;
     for (int64_t i = 0; i < count; ++i) {
       line[i].weight = static_cast<T>(sums[0][i]);
       line[i].slope = static_cast<T>(sums[1][i]);
       weighs |= line[i].weight != 0;
-      plain &= line[i].weight != 0 && (line[i].slope != 0 || !slopes);
+      plain &= line[i].weight != 0 && line[i].slope != 0;
     }
   }
 };
@@ -82,11 +82,9 @@ DCN_INLINE void for_each_piece(int64_t rows, int64_t columns, const Body& body) 
            column + kPiece < columns ? column + kPiece : columns);
 }
 
-// Calls body(lanes, vectors, channel) for blocks of several vectors of channels, then for what they leave
-// over.
-template <class T, class Body>
+// Calls body(lanes, vectors, channel) for blocks of kWide vectors of channels, then for the rest.
+template <class T, int kWide, class Body>
 DCN_INLINE void for_each_block_of_vectors(int64_t channels, const Body& body) {
-  constexpr int kWide = 4;
   int64_t c = 0;
   for (; c + kWide * kLanes<T> <= channels; c += kWide * kLanes<T>)
     body(Lanes<kLanes<T>>{}, Lanes<kWide>{}, c);
@@ -97,8 +95,8 @@ DCN_INLINE void for_each_block_of_vectors(int64_t channels, const Body& body) {
 template <class T>
 void average_patch(const Lines<T>& rows, const Lines<T>& columns, const Pixels<2>& x, int64_t channels,
                    T inverse, T mask, T* to) {
-  for_each_block_of_vectors<T>(channels, [&](auto lanes, auto vectors,
-                                             int64_t c) __attribute__((always_inline)) {
+  for_each_block_of_vectors<T, 4>(channels, [&](auto lanes, auto vectors,
+                                                int64_t c) __attribute__((always_inline)) {
     constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
     using V = Vec<T, width>;
     V total[n] = {};
@@ -126,75 +124,100 @@ void average_patch(const Lines<T>& rows, const Lines<T>& columns, const Pixels<2
   });
 }
 
-// What a bin's gradient does to its patch, over some channels:
+// dots[0..2] = <gradient, sum over the patch of w * x>, w being the weights, the weights with slopes for rows,
+// and with slopes for columns. A line whose factor is 0 is left out (0 * Inf would be NaN); with kPlain no
+// factor is.
 //
-//     dots[0..2] = <gradient, sum over the patch of w * x>, w the weights, with slopes for rows, for columns
-//     grad_x    += gradient * factor * weights
-//
-// A line whose factor is 0 is left out (0 * Inf would be NaN). With kPlain no factor is.
-template <class T, bool kDots, bool kScatter, bool kPlain>
-void visit_patch(const Lines<T>& rows, const Lines<T>& columns, const Pixels<2>& x, const Pixels<2>& grad_x,
-                 int64_t channels, const T* gradient, T factor, T* dots) {
-  const auto step = [&](auto lanes, int64_t c, auto(&products)[4]) __attribute__((always_inline)) {
-    using V = Vec<T, decltype(lanes)::count>;
-    const int64_t at = c * static_cast<int64_t>(sizeof(T));
-    const V g = load<V>(gradient + c);
-    V value = {}, along_rows = {}, along_columns = {};
+// This and scatter_patch are functions of their own, whatever gradients are asked for: the compiler fuses
+// products with additions as the code around lets it, and bits must not depend on that.
+template <class T, bool kPlain>
+[[gnu::noinline]] void dot_patch(const Lines<T>& rows, const Lines<T>& columns, const Pixels<2>& x,
+                                 int64_t channels, const T* gradient, T* dots) {
+  const auto step = [&](auto lanes, auto vectors, int64_t c,
+                        auto(&products)[4]) __attribute__((always_inline)) {
+    constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
+    using V = Vec<T, width>;
+    V totals[3][n] = {};
     for_each_piece(rows.count, columns.count, [&](int64_t r, int64_t last_row, int64_t first, int64_t last) {
-      V pieces[3] = {};
+      V pieces[3][n] = {};
       for (; r < last_row; ++r) {
         const Line<T>& row = rows.line[r];
-        const bool weighs = kPlain || row.weight != 0, moves = kPlain || row.slope != 0;
-        if constexpr (kDots) {
-          const char* line = x.data + row.index * x.axis[0] + at;
-          V weighed = {}, moved = {};
-          for (int64_t i = first; i < last; ++i) {
-            const Line<T>& column = columns.line[i];
-            const V pixel = load<V>(reinterpret_cast<const T*>(line + column.index * x.axis[1]));
-            if (kPlain || column.weight != 0) weighed += broadcast<V>(column.weight) * pixel;
-            if (kPlain || column.slope != 0) moved += broadcast<V>(column.slope) * pixel;
+        const char* line = x.data + row.index * x.axis[0] + c * static_cast<int64_t>(sizeof(T));
+        V weighed[n] = {}, moved[n] = {};
+        for (int64_t i = first; i < last; ++i) {
+          const Line<T>& column = columns.line[i];
+          const T* pixel = reinterpret_cast<const T*>(line + column.index * x.axis[1]);
+          const V weight = broadcast<V>(column.weight), slope = broadcast<V>(column.slope);
+#pragma GCC unroll 2
+          for (int k = 0; k < n; ++k) {
+            const V value = load<V>(pixel + k * width);
+            if (kPlain || column.weight != 0) weighed[k] += weight * value;
+            if (kPlain || column.slope != 0) moved[k] += slope * value;
           }
-          if (weighs) pieces[0] += broadcast<V>(row.weight) * weighed;
-          if (moves) pieces[1] += broadcast<V>(row.slope) * weighed;
-          if (weighs) pieces[2] += broadcast<V>(row.weight) * moved;
         }
-        if constexpr (kScatter) {
-          if (!weighs) continue;
-          char* line = grad_x.data + row.index * grad_x.axis[0] + at;
-          const V part = g * broadcast<V>(factor * row.weight);
-          for (int64_t i = first; i < last; ++i) {
-            const Line<T>& column = columns.line[i];
-            if (!kPlain && column.weight == 0) continue;
-            T* pixel = reinterpret_cast<T*>(line + column.index * grad_x.axis[1]);
-            store(pixel, load<V>(pixel) + part * broadcast<V>(column.weight));
-          }
+        const V weight = broadcast<V>(row.weight), slope = broadcast<V>(row.slope);
+#pragma GCC unroll 2
+        for (int k = 0; k < n; ++k) {
+          if (kPlain || row.weight != 0) pieces[0][k] += weight * weighed[k];
+          if (kPlain || row.slope != 0) pieces[1][k] += slope * weighed[k];
+          if (kPlain || row.weight != 0) pieces[2][k] += weight * moved[k];
         }
       }
-      value += pieces[0];
-      along_rows += pieces[1];
-      along_columns += pieces[2];
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j)
+#pragma GCC unroll 2
+        for (int k = 0; k < n; ++k) totals[j][k] += pieces[j][k];
     });
-    if constexpr (kDots) {
-      products[0] += g * value;
-      products[1] += g * along_rows;
-      products[2] += g * along_columns;
-    }
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j)
+#pragma GCC unroll 2
+      for (int k = 0; k < n; ++k) products[j] += load<V>(gradient + c + k * width) * totals[j][k];
   };
   constexpr int whole = kLanes<T>;
   Vec<T, 4> total = {};
   int64_t done = 0;
   if (channels >= whole) {
     Vec<T, whole> products[4] = {};
-    for (; done + whole <= channels; done += whole) step(Lanes<whole>{}, done, products);
-    if constexpr (kDots) total = sums<T, whole, 4>(products);
+    for (; done + 2 * whole <= channels; done += 2 * whole) step(Lanes<whole>{}, Lanes<2>{}, done, products);
+    for (; done + whole <= channels; done += whole) step(Lanes<whole>{}, Lanes<1>{}, done, products);
+    total = sums<T, whole, 4>(products);
   }
   for_each_vector<T, (whole > 1 ? whole / 2 : 1)>(channels - done, [&](auto lanes, int64_t c) {
     constexpr int some = decltype(lanes)::count;
     Vec<T, some> products[4] = {};
-    step(lanes, done + c, products);
-    if constexpr (kDots) total += sums<T, some, 4>(products);
+    step(lanes, Lanes<1>{}, done + c, products);
+    total += sums<T, some, 4>(products);
   });
-  if constexpr (kDots) store(dots, total);
+  store(dots, total);
+}
+
+// grad_x += gradient * factor * weights, over the patch.
+template <class T>
+[[gnu::noinline]] void scatter_patch(const Lines<T>& rows, const Lines<T>& columns, const Pixels<2>& grad_x,
+                                     int64_t channels, const T* gradient, T factor) {
+  for_each_block_of_vectors<T, 2>(
+      channels, [&](auto lanes, auto vectors, int64_t c) __attribute__((always_inline)) {
+        constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
+        using V = Vec<T, width>;
+        for (int64_t r = 0; r < rows.count; ++r) {
+          const Line<T>& row = rows.line[r];
+          if (row.weight == 0) continue;
+          char* line = grad_x.data + row.index * grad_x.axis[0] + c * static_cast<int64_t>(sizeof(T));
+          V part[n];
+#pragma GCC unroll 2
+          for (int k = 0; k < n; ++k)
+            part[k] = load<V>(gradient + c + k * width) * broadcast<V>(factor * row.weight);
+          for (int64_t i = 0; i < columns.count; ++i) {
+            const Line<T>& column = columns.line[i];
+            if (column.weight == 0) continue;
+            T* pixel = reinterpret_cast<T*>(line + column.index * grad_x.axis[1]);
+            const V weight = broadcast<V>(column.weight);
+#pragma GCC unroll 2
+            for (int k = 0; k < n; ++k)
+              store(pixel + k * width, load<V>(pixel + k * width) + part[k] * weight);
+          }
+        }
+      });
 }
 
 }  // namespace dcn::DCN_ISA

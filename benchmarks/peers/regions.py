@@ -85,7 +85,7 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """ROIAlign with half_pixel coordinates and DeformablePSROIPooling, forward."""
+    """DeformablePSROIPooling, forward."""
 
     name = "openvino"
 
@@ -95,14 +95,14 @@ class OpenVino:
         self.version = self.openvino.__version__.split("-")[0]
 
     def prepare(self, problem: Any, data: Any, passes: str, threads: int) -> Work | None:
-        """None for the backward pass and the forms that only mmcv and dcn_np have."""
-        if passes != "forward" or problem.operator not in ("roi_align", "deform_psroi_pool"):
+        """None for all but the forward pass of deform_psroi_pool."""
+        if passes != "forward" or problem.operator != "deform_psroi_pool":
             return None
-        sensitive = problem.operator == "deform_psroi_pool"
-        images = data.rois[:, 0].astype(numpy.int32)
-        arrays = (data.x, data.rois, data.offset) if sensitive else (data.x, data.rois[:, 1:].copy(), images)
+        arrays = (data.x, data.rois, data.offset)
         inputs = [self.opset.parameter(array.shape, array.dtype) for array in arrays]
-        node = self._sensitive(problem, inputs) if sensitive else self._align(problem, inputs)
+        scale, per_part, mode = problem.sizes["spatial_scale"], problem.samples, "bilinear_deformable"
+        sizes = (problem.outputs, scale, problem.group, mode, per_part, per_part, 0.1, problem.bins)
+        node = self.opset.deformable_psroi_pooling(inputs[0], inputs[1], *sizes, offsets=inputs[2])
         settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
         settings["ENABLE_CPU_PINNING"] = False
         model = self.openvino.Model([node], inputs, problem.name)
@@ -110,17 +110,6 @@ class OpenVino:
         for index, array in enumerate(arrays):
             request.set_input_tensor(index, self.openvino.Tensor(array, shared_memory=True))
         return Work(request.infer, lambda _: {"y": request.get_output_tensor(0).data})
-
-    def _align(self, problem: Any, inputs: Any) -> Any:
-        scale = problem.sizes["spatial_scale"]
-        return self.opset.roi_align(
-            *inputs, problem.bins, problem.bins, problem.samples, scale, "avg", "half_pixel"
-        )
-
-    def _sensitive(self, problem: Any, inputs: Any) -> Any:
-        scale, per_part, mode = problem.sizes["spatial_scale"], problem.samples, "bilinear_deformable"
-        sizes = (problem.outputs, scale, problem.group, mode, per_part, per_part, 0.1, problem.bins)
-        return self.opset.deformable_psroi_pooling(inputs[0], inputs[1], *sizes, offsets=inputs[2])
 
 
 class Torchvision:
