@@ -204,7 +204,7 @@ def roi_pool_backward(
 
 def _by_image(geometry: RoIGeometry, rois: Any) -> tuple[Any, Any, Any]:
     """Return the regions, their indices by image, and where in that order those of each image begin."""
-    regions = numpy.ascontiguousarray(rois, numpy.float64)
+    regions = _contiguous(numpy.asarray(rois, numpy.float64))
     images = regions[:, 0].astype(numpy.int64)
     order = numpy.argsort(images, kind="stable")
     return regions, order, numpy.searchsorted(images[order], numpy.arange(geometry.batch + 1))
