@@ -14,7 +14,7 @@ import dcn_np
 from dcn_np.__main__ import main
 from dcn_np.commands import comparison, demo, doctor, machine, selftest
 
-PICTURES = ("sampling_points.png", "responses.png", "gradient.png")
+PICTURES = ("sampling_points.png", "responses.png", "gradient.png", "digits.png")
 MISSING = [package for module, package in demo.NEEDED.items() if importlib.util.find_spec(module) is None]
 needs_demo_extra = pytest.mark.skipif(bool(MISSING), reason=f"the demo extra is not installed: {MISSING}")
 
@@ -234,7 +234,7 @@ def test_demo_checks_and_draws(capsys, tmp_path):
     status, text = output_of(capsys, "demo", "--size", "48", "--output", str(tmp_path / "pictures"))
     assert status == 0, text
     assert "WRONG" not in text
-    assert "All 10 checks passed." in text
+    assert "All 12 checks passed." in text
     assert f"{dcn_np.isa()}" in text
     for name in PICTURES:
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")

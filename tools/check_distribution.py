@@ -118,7 +118,13 @@ def sdist():
         names = [name.partition("/")[2] for name in archive.getnames()]
     unwanted = [name for name in names if name.startswith("build/") or name.endswith((".so", ".pyc"))]
     assert not unwanted, f"{path.name} contains {unwanted}"
-    assert {"LICENSE", "src/parallel.hpp", "dcn_np/cpu/_native.pyx", "tests/conftest.py"} <= set(names)
+    assert {
+        "LICENSE",
+        "src/parallel.hpp",
+        "dcn_np/cpu/_native.pyx",
+        "tests/conftest.py",
+        "examples/digits/weights.npz",
+    } <= set(names)
     run(tool("twine"), "check", "--strict", path)
     check_installed(path)
     return path

@@ -1,4 +1,4 @@
-"""python -m dcn_np demo: the main job on a real photograph, checked and drawn."""
+"""python -m dcn_np demo: the main job on a photograph, checked and drawn; then trained networks at work."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 
 import dcn_np
+from dcn_np.commands import demo_digits
 from dcn_np.commands.comparison import ALLOWED_ROUNDINGS, Comparison, compare, compare_with_reference
 from dcn_np.commands.demo_problem import (
     DILATION,
@@ -77,7 +78,7 @@ class Demo:
     def __init__(self, size: int, output: Path) -> None:
         self.size = size
         self.output = output
-        self.comparisons: list[Comparison] = []
+        self.comparisons: list[Comparison | demo_digits.Count] = []
         self.lines: list[str] = []
 
     def run(self) -> int:
@@ -94,6 +95,7 @@ class Demo:
             self.draw_sampling_points,
             self.draw_responses,
             self.draw_gradient,
+            self.tell_digits,
         ]
         with tqdm.tqdm(steps, desc="demo", unit="step", delay=2, leave=False, disable=None) as bar:
             for step in bar:
@@ -265,6 +267,24 @@ class Demo:
             return pictures.gradient(self.problem, self.gradients_of(grad_output), *place)
 
         self.save("gradient.png", gradient)
+
+    def tell_digits(self) -> None:
+        """Let trained networks tell warped digits, and draw where the deformable one looks."""
+        self.say("\nTrained networks: warped handwritten digits, told with NumPy alone")
+        if not demo_digits.is_here():
+            self.say(
+                "  not here: the networks lie in examples/digits of the repository, not in what pip installs"
+            )
+            return
+        trained = demo_digits.TrainedDigits()
+        for variant in demo_digits.SHOWN:
+            count, total = trained.count(variant), len(trained.digits.labels)
+            self.say(
+                f"    {'ok' if count.passed else 'WRONG':<6} {variant:<12} {count.right} of {total} digits "
+                f"({100 * count.right / total:.1f} %), after training {count.wanted}"
+            )
+            self.comparisons.append(count)
+        self.save("digits.png", lambda pictures: pictures.digits(trained.samplings()))
 
     def save(self, name: str, draw: Callable[[Any], Any]) -> None:
         """Draw and write a picture, unless it would show what is known to be wrong."""

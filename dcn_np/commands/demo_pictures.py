@@ -1,4 +1,4 @@
-"""The demo's pictures: where the convolution samples, what it answers, and what its gradient says."""
+"""The demo's pictures: where the convolution samples, what it answers, its gradient; and the digits."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ CLOSE_UPS = (
 )  # output positions drawn close, (y, x) as parts of the size
 LONGEST_ARROW = 3.0  # pixels
 EDGE_FILTER = 1
+AROUND_DIGIT = 9.0  # pixels shown around a digit's image, for the points that leave it
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -351,3 +352,24 @@ def show_pale(axes: Any, problem: Problem) -> None:
     axes.imshow(
         numpy.tensordot(LUMINANCE, problem.x[0], 1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest"
     )
+
+
+def digits(samplings: list[tuple[Array, int, int, Any]]) -> Figure:
+    """Draw (image, label, answer, sampling) of ten digits: what the network answers, and where it looks."""
+    figure = new_figure(
+        15,
+        7.5,
+        "Trained DCNv2: where one output of the last convolution looks\n"
+        "White crosses: the rigid grid. Points: where the offsets move it; the larger, the more it counts. "
+        "Outside the image (grey) lie zeros.",
+    )
+    for axes, (image, label, answer, sampling) in zip(figure.subplots(2, 5).ravel(), samplings, strict=True):
+        axes.imshow(image, cmap="gray")
+        ways = numpy.stack([sampling.rigid, sampling.points])
+        axes.plot(ways[..., 1], ways[..., 0], color=ORANGE, linewidth=0.8)
+        axes.plot(sampling.rigid[:, 1], sampling.rigid[:, 0], "+", color="white", markersize=6)
+        draw_points(axes, sampling.points, sampling.modulation)
+        ends = -AROUND_DIGIT, len(image) + AROUND_DIGIT
+        axes.set(xticks=[], yticks=[], xlim=ends, ylim=ends[::-1], facecolor="#777777")
+        axes.set_title(f"{answer}" if answer == label else f"{answer}, but it is a {label}", fontsize=13)
+    return figure
