@@ -11,7 +11,7 @@ from torch._prims_common import suggest_memory_format
 
 
 def detached(array: Tensor | None) -> Any:
-    """Return what a function of `dcn_np` takes: it refuses tensors that require a gradient."""
+    """Return what a function of `dcn_np` takes: where gradients are recorded, no tensor that requires one."""
     return array.detach() if array is not None and array.requires_grad else array
 
 
@@ -67,8 +67,9 @@ def register_autograd(
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs[:saved])
         ctx.parameters = inputs[tensors:]
-        needed = enumerate(ctx.needs_input_grad[:tensors])
-        ctx.needs = [need and index not in constant for index, need in needed]
+        ctx.needs = list(ctx.needs_input_grad[:tensors])
+        for index in constant:
+            ctx.needs[index] = False
 
     def differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         gradients = backward(grad_output, *ctx.saved_tensors, *ctx.parameters, ctx.needs, *settings())
@@ -78,16 +79,17 @@ def register_autograd(
     operator.register_autograd(differentiate, setup_context=remember)
 
 
-def autocast(
-    x: Tensor, values: Sequence[Tensor | None], positions: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Return `values`, under autocast in its dtype, then `positions`, under autocast in float32.
+def autocasts(x: Tensor) -> bool:
+    """Return whether autocast is on, for the device of `x`."""
+    on: bool = torch.is_autocast_enabled(x.device.type)
+    return on
 
-    Whether autocast is on is asked for the device of `x`.
-    """
-    if not torch.is_autocast_enabled(x.device.type):
-        return (*values, *positions)
+
+def cast(
+    x: Tensor, values: Sequence[Tensor | None], positions: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Return `values` in the dtype of autocast on the device of `x`, then `positions` in float32."""
     dtype = torch.get_autocast_dtype(x.device.type)
     wanted = [dtype] * len(values) + [torch.float32] * len(positions)
     arrays = zip((*values, *positions), wanted, strict=True)
-    return tuple(None if array is None else array.to(dtype) for array, dtype in arrays)
+    return [None if array is None else array.to(dtype) for array, dtype in arrays]

@@ -11,7 +11,8 @@ import dcn_np
 
 from ._torch_operators import (
     as_tensors,
-    autocast,
+    autocasts,
+    cast,
     detached,
     empty_gradients,
     memory_format,
@@ -305,8 +306,9 @@ def modulated_deform_roi_pool(
     --------
     deform_roi_pool : The same without masks.
     """
-    arrays = autocast(x, (x,), (rois, offset, mask))
-    y: Tensor = _pool(*arrays, per_axis(output_size, 2), spatial_scale, sampling_ratio, gamma)
+    if autocasts(x):
+        x, rois, offset, mask = cast(x, (x,), (rois, offset, mask))
+    y: Tensor = _pool(x, rois, offset, mask, per_axis(output_size, 2), spatial_scale, sampling_ratio, gamma)
     return y
 
 
@@ -344,11 +346,12 @@ def deform_psroi_pool(
     --------
     deform_roi_pool : The form without position-sensitive maps.
     """
-    arrays = autocast(x, (x,), (rois, offset))
+    if autocasts(x):
+        x, rois, offset = cast(x, (x,), (rois, offset))
     output = per_axis(output_size, 2)
     part = output if part_size is None else per_axis(part_size, 2)
     sizes = (output_dim, group_size, output, spatial_scale, part, sample_per_part, trans_std)
-    y: Tensor = _pool_by_position(*arrays, *sizes)
+    y: Tensor = _pool_by_position(x, rois, offset, *sizes)
     return y
 
 
@@ -370,5 +373,7 @@ def feature_mimic_loss(rcnn_features: Tensor, features: Tensor, weights: Tensor 
     """
     if weights is not None and weights.dtype == torch.bool:
         weights = weights.to(features.dtype)
-    loss: Tensor = _mimic(*autocast(features, (), (rcnn_features, features, weights)))
+    if autocasts(features):
+        rcnn_features, features, weights = cast(features, (), (rcnn_features, features, weights))
+    loss: Tensor = _mimic(rcnn_features, features, weights)
     return loss

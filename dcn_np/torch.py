@@ -21,7 +21,8 @@ from dcn_np.checkpoints import MASK_FACTORS
 
 from ._torch_operators import (
     as_tensors,
-    autocast,
+    autocasts,
+    cast,
     detached,
     empty_gradients,
     memory_format,
@@ -277,7 +278,8 @@ def modulated_deform_conv(
     deform_conv2d : The same with torchvision's signature.
     """
     ndim = x.ndim - 2
-    x, weight, bias, offset, mask = autocast(x, (x, weight, bias), (offset, mask))
+    if autocasts(x):
+        x, weight, bias, offset, mask = cast(x, (x, weight, bias), (offset, mask))
     arguments = (x, offset, mask, weight, bias, per_axis(stride, ndim), _flat(padding, ndim))
     matmul = dcn_np.get_float32_matmul() if float32_matmul is None else float32_matmul
     y: Tensor = _convolve(*arguments, per_axis(dilation, ndim), groups, offset_groups, matmul)

@@ -119,6 +119,13 @@ def test_without_offsets(operator):
     assert torch.equal(x.grad, backward(2 * y.detach(), plain, rois, None, **numbers).x)
 
 
+def test_the_grid_of_offsets_is_that_of_the_bins():
+    (x, rois, _), numbers = problem_of("deform_psroi_pool", grad=False)
+    offset = torch.randn(3, 4, 2, 3, dtype=x.dtype)
+    y = dcn_torch.deform_psroi_pool(x, rois, offset, **numbers | {"part_size": None})
+    assert torch.equal(y, dcn_np.deform_psroi_pool(x, rois, offset, **numbers | {"part_size": None}))
+
+
 def of_the_library(operator, tensors, numbers):
     """The operator and its backward as torch holds them, and the arguments of the forward."""
     scale, output = numbers["spatial_scale"], list(numbers["output_size"])
