@@ -72,6 +72,7 @@ cdef enum:
     READ_ONLY = 1
     FLOAT = 2
     BFLOAT = 4
+    BOOL = 6
     MOST_AXES = 64
 
 cdef int64_t MOST_BYTES = 2**62
@@ -133,6 +134,8 @@ cdef class Memory:
             self.format[0] = c"e" if tensor.dtype.bits == 16 else c"f" if tensor.dtype.bits == 32 else c"d"
         elif tensor.dtype.code == BFLOAT and tensor.dtype.bits == 16:
             self.format[0] = b"H"
+        elif tensor.dtype.code == BOOL and tensor.dtype.bits == 8:
+            self.format[0] = b"?"
         else:
             kinds = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
             kind = kinds.get(tensor.dtype.code, f"kind {tensor.dtype.code} of ")

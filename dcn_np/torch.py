@@ -1,6 +1,7 @@
 """Deformable convolution for PyTorch: operators for autograd, torch.compile and torch.export, and modules.
 
 The computation is `dcn_np.modulated_deform_conv` over the tensors' own memory, on the CPU or a CUDA device.
+Poolings over regions and the mimicking loss are operators of the same kind, on the CPU.
 `replace_convs` makes the network of the DCNv2 paper from an ordinary one, and `parameter_groups` gives the
 branches that make offsets and masks the learning rate of their own that the paper trains them with.
 """
@@ -13,11 +14,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 
 import dcn_np
 from dcn_np import checkpoints
 from dcn_np.checkpoints import MASK_FACTORS
+
+from ._torch_operators import (
+    as_tensors,
+    autocasts,
+    cast,
+    detached,
+    empty_gradients,
+    memory_format,
+    per_axis,
+    register_autograd,
+)
+from ._torch_regions import (
+    deform_psroi_pool,
+    deform_roi_pool,
+    feature_mimic_loss,
+    modulated_deform_roi_pool,
+    roi_align,
+)
 
 __all__ = [
     "DeformConv1d",
@@ -28,10 +46,15 @@ __all__ = [
     "ModulatedDeformConv3d",
     "deform_conv",
     "deform_conv2d",
+    "deform_psroi_pool",
+    "deform_roi_pool",
+    "feature_mimic_loss",
     "load_state_dict_from",
     "modulated_deform_conv",
+    "modulated_deform_roi_pool",
     "parameter_groups",
     "replace_convs",
+    "roi_align",
 ]
 
 _INPUTS = dcn_np.Gradients._fields
@@ -54,11 +77,11 @@ def _convolve(
     float32_matmul: str,
 ) -> Tensor:
     y = dcn_np.modulated_deform_conv(
-        _detached(x),
-        _detached(offset),
-        _detached(mask),
-        _detached(weight),
-        _detached(bias),
+        detached(x),
+        detached(offset),
+        detached(mask),
+        detached(weight),
+        detached(bias),
         stride,
         _pairs(padding),
         dilation,
@@ -66,7 +89,7 @@ def _convolve(
         offset_groups,
         float32_matmul=float32_matmul,
     )
-    return y.contiguous(memory_format=_memory_format(x))
+    return y.contiguous(memory_format=memory_format(x))
 
 
 @_convolve.register_fake
@@ -78,7 +101,7 @@ def _(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_g
         )
     ]
     shape = (x.shape[0], weight.shape[0], *output)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 @torch.library.custom_op("dcn_np::modulated_deform_conv_backward", mutates_args=())
@@ -98,11 +121,11 @@ def _convolve_backward(
     deterministic: bool,
 ) -> list[Tensor]:
     gradients = dcn_np.modulated_deform_conv_backward(
-        _detached(grad_output),
-        _detached(x),
-        _detached(offset),
-        _detached(mask),
-        _detached(weight),
+        detached(grad_output),
+        detached(x),
+        detached(offset),
+        detached(mask),
+        detached(weight),
         stride,
         _pairs(padding),
         dilation,
@@ -112,52 +135,25 @@ def _convolve_backward(
         deterministic=deterministic,
         float32_matmul=float32_matmul,
     )
-    # An operator returns tensors: an empty one stands for None.
-    return [x.new_empty(0) if gradient is None else gradient for gradient in gradients]
+    return as_tensors(gradients, x)
 
 
 @_convolve_backward.register_fake
 def _(grad_output, x, offset, mask, weight, *parameters):  # type: ignore[no-untyped-def]
     needs = parameters[-2]
-    like = (x, offset, mask, weight)
-    gradients = [
-        torch.empty_like(array) if needed and array is not None else x.new_empty(0)
-        for array, needed in zip(like, needs, strict=False)
-    ]
-    return [*gradients, x.new_empty(weight.shape[0] if needs[4] else 0)]
-
-
-def _detached(array: Tensor | None) -> Any:
-    return array.detach() if array is not None and array.requires_grad else array
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
+    bias = x.new_empty(weight.shape[0])
+    return empty_gradients((x, offset, mask, weight, bias), needs, x)
 
 
 def _pairs(padding: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(padding[::2], padding[1::2], strict=True))
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, offset, mask, weight, _, *ctx.parameters = inputs
-    ctx.save_for_backward(x, offset, mask, weight)
-    ctx.needs = list(ctx.needs_input_grad[:5])
+def _settings() -> tuple[bool]:
+    return (torch.are_deterministic_algorithms_enabled(),)
 
 
-def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _convolve_backward(
-        grad_output,
-        *ctx.saved_tensors,
-        *ctx.parameters,
-        ctx.needs,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    found = [gradient if needed else None for gradient, needed in zip(gradients, ctx.needs, strict=True)]
-    return (*found, *[None] * len(ctx.parameters))
-
-
-_convolve.register_autograd(_differentiate, setup_context=_remember)
+register_autograd(_convolve, _convolve_backward, tensors=5, saved=4, settings=_settings)
 
 
 @_convolve.register_vmap
@@ -282,19 +278,12 @@ def modulated_deform_conv(
     deform_conv2d : The same with torchvision's signature.
     """
     ndim = x.ndim - 2
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        offset, mask = (None if array is None else array.float() for array in (offset, mask))
-    arguments = (x, offset, mask, weight, bias, _per_axis(stride, ndim), _flat(padding, ndim))
+    if autocasts(x):
+        x, weight, bias, offset, mask = cast(x, (x, weight, bias), (offset, mask))
+    arguments = (x, offset, mask, weight, bias, per_axis(stride, ndim), _flat(padding, ndim))
     matmul = dcn_np.get_float32_matmul() if float32_matmul is None else float32_matmul
-    y: Tensor = _convolve(*arguments, _per_axis(dilation, ndim), groups, offset_groups, matmul)
+    y: Tensor = _convolve(*arguments, per_axis(dilation, ndim), groups, offset_groups, matmul)
     return y
-
-
-def _per_axis(value: int | Sequence[int], ndim: int) -> list[int]:
-    return [value] * ndim if isinstance(value, int) else list(value)
 
 
 def _flat(padding: int | Sequence[int | tuple[int, int]], ndim: int) -> list[int]:
@@ -409,7 +398,7 @@ class _DeformConv(nn.Module):
         if mask_activation not in MASK_FACTORS:
             raise ValueError(f"mask_activation is {mask_activation!r}; wanted one of {sorted(MASK_FACTORS)}")
         kernel, self.stride, self.padding, self.dilation = (
-            tuple(_per_axis(value, self.ndim)) for value in (kernel_size, stride, padding, dilation)
+            tuple(per_axis(value, self.ndim)) for value in (kernel_size, stride, padding, dilation)
         )
         self.groups, self.offset_groups, self.mask_activation = groups, offset_groups, mask_activation
         made = {"device": device, "dtype": dtype}

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import sys
 import types
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -257,6 +258,17 @@ def test_bfloat16_goes_out_and_comes_in():
     back = np.asarray(memory).view(ml_dtypes.bfloat16)
     assert back.ctypes.data == bits.ctypes.data
     assert np.array_equal(back.view(np.uint16), bits)
+
+
+def test_bool_goes_out_and_comes_in():
+    given = np.array([[True, False], [False, True]])
+    back = np.asarray(_dlpack.memory_of(given.__dlpack__()))
+    assert back.ctypes.data == given.ctypes.data
+    assert back.dtype == bool
+    assert np.array_equal(back, given)
+    problem = problem_of()
+    with pytest.raises(TypeError, match=r"^mask has dtype bool"):
+        call(replace(problem, mask=problem.mask > 0), Tensor)
 
 
 @pytest.mark.parametrize("max_version", [None, (1, 0)])

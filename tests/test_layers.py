@@ -44,7 +44,9 @@ MAY_IMPORT = {
     "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
     "pth": {"messages"},
     "cgroup": set(),
-    "torch": {"checkpoints", "dcn_np"},
+    "torch": {"_torch_operators", "_torch_regions", "checkpoints", "dcn_np"},
+    "_torch_operators": set(),
+    "_torch_regions": {"_torch_operators", "dcn_np"},
     "onnx": {"dcn_np"},
     "paddle": {"dcn_np", "messages"},
     "tensorflow": {"cpu", "dcn_np", "geometry", "messages"},
@@ -58,13 +60,15 @@ MAY_IMPORT = {
     "jax": {"cpu", "geometry", "threads"},
 }
 
-# Each for one framework, which it imports; nothing imports them.
-ADAPTERS = {"dask", "jax", "onnx", "paddle", "tensorflow", "torch"}
+# Each for one framework, which it imports; nothing imports them but, private parts, their adapter.
+ADAPTERS = {"_torch_operators", "_torch_regions", "dask", "jax", "onnx", "paddle", "tensorflow", "torch"}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
 MAY_ALSO_REQUIRE = {
     "torch": {"torch"},
+    "_torch_operators": {"torch"},
+    "_torch_regions": {"torch"},
     "onnx": {"onnx", "onnxscript", "torch"},
     "paddle": {"paddle"},
     "tensorflow": {"tensorflow"},
