@@ -44,7 +44,15 @@ MAY_IMPORT = {
     "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
     "pth": {"messages"},
     "cgroup": set(),
-    "torch": {"_torch_operators", "_torch_regions", "_torch_roi_layers", "checkpoints", "dcn_np"},
+    "torch": {
+        "_torch_mimicking",
+        "_torch_operators",
+        "_torch_regions",
+        "_torch_roi_layers",
+        "checkpoints",
+        "dcn_np",
+    },
+    "_torch_mimicking": {"_torch_regions", "messages", "roi_geometry"},
     "_torch_operators": set(),
     "_torch_regions": {"_torch_operators", "dcn_np"},
     "_torch_roi_layers": {"_torch_operators", "_torch_regions", "checkpoints"},
@@ -62,13 +70,24 @@ MAY_IMPORT = {
 }
 
 # Each for one framework, which it imports; nothing imports them but, private parts, their adapter.
-ADAPTERS = {"_torch_operators", "_torch_regions", "_torch_roi_layers", "dask", "jax", "onnx", "paddle"}
-ADAPTERS |= {"tensorflow", "torch"}
+ADAPTERS = {
+    "_torch_mimicking",
+    "_torch_operators",
+    "_torch_regions",
+    "_torch_roi_layers",
+    "dask",
+    "jax",
+    "onnx",
+    "paddle",
+    "tensorflow",
+    "torch",
+}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
 MAY_ALSO_REQUIRE = {
     "torch": {"torch"},
+    "_torch_mimicking": {"torch"},
     "_torch_operators": {"torch"},
     "_torch_regions": {"torch"},
     "_torch_roi_layers": {"torch"},

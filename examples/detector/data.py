@@ -14,7 +14,16 @@ from ..digits.data import LARGEST, SIDE, Digits, originals
 Array = Any
 
 # scikit-image's, of its wheel; no photograph is in both sets.
-TRAINING_PHOTOGRAPHS = ("chelsea", "coffee", "rocket", "immunohistochemistry", "coins", "brick", "gravel", "moon")
+TRAINING_PHOTOGRAPHS = (
+    "chelsea",
+    "coffee",
+    "rocket",
+    "immunohistochemistry",
+    "coins",
+    "brick",
+    "gravel",
+    "moon",
+)
 TEST_PHOTOGRAPHS = ("astronaut", "retina", "hubble_deep_field", "camera", "grass")
 
 CANVAS = 112  # pixels of a scene along each axis
@@ -57,8 +66,12 @@ def made_of(names: Sequence[str], digits: Digits) -> Material:
     import skimage.data
 
     found = [size for name in names for size in sizes_of(getattr(skimage.data, name)())]
-    smooth = numpy.array([zoom(image / LARGEST, FINER, order=3, grid_mode=True, mode="grid-constant")
-                          for image in digits.images.astype(numpy.float64)])
+    smooth = numpy.array(
+        [
+            zoom(image / LARGEST, FINER, order=3, grid_mode=True, mode="grid-constant")
+            for image in digits.images.astype(numpy.float64)
+        ]
+    )
     return Material(found, smooth.clip(0, 1), digits.labels)
 
 
@@ -88,7 +101,9 @@ def compose(material: Material, rng: numpy.random.Generator) -> Scene:
             labels.append(material.labels[chosen])
             masks.append(mask)
     whole = numpy.rint(image.clip(0, 255)).astype(numpy.uint8)
-    return Scene(whole, numpy.array(boxes, numpy.float32), numpy.array(labels, numpy.int64), numpy.array(masks))
+    return Scene(
+        whole, numpy.array(boxes, numpy.float32), numpy.array(labels, numpy.int64), numpy.array(masks)
+    )
 
 
 def background(photographs: Sequence[Array], rng: numpy.random.Generator) -> Array:

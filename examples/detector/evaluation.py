@@ -61,12 +61,16 @@ def average_precision(scenes: Sequence[Scene], found: Sequence[Detections]) -> d
 def as_coco(scenes: Sequence[Scene]) -> dict[str, Any]:
     """Make of scenes what pycocotools reads from an annotation file."""
     annotations = [
-        annotation(image, box, label) | {"segmentation": encoded(mask), "area": float(mask.sum()), "iscrowd": 0}
+        annotation(image, box, label)
+        | {"segmentation": encoded(mask), "area": float(mask.sum()), "iscrowd": 0}
         for image, scene in enumerate(scenes)
         for box, label, mask in zip(scene.boxes, scene.labels, scene.masks, strict=True)
     ]
     return {
-        "images": [{"id": image, "height": len(scene.image), "width": len(scene.image)} for image, scene in enumerate(scenes)],
+        "images": [
+            {"id": image, "height": len(scene.image), "width": len(scene.image)}
+            for image, scene in enumerate(scenes)
+        ],
         "categories": [{"id": label, "name": str(label)} for label in range(CLASSES)],
         "annotations": [one | {"id": place} for place, one in enumerate(annotations, 1)],
     }

@@ -42,7 +42,8 @@ class Regions(NamedTuple):
 def truths(scenes: Sequence[Scene]) -> list[Truth]:
     """Make tensors of what scenes hold."""
     return [
-        Truth(torch.from_numpy(s.boxes), torch.from_numpy(s.labels), torch.from_numpy(s.masks).float()) for s in scenes
+        Truth(torch.from_numpy(s.boxes), torch.from_numpy(s.labels), torch.from_numpy(s.masks).float())
+        for s in scenes
     ]
 
 
@@ -50,7 +51,11 @@ def losses(detector: Detector, images: Tensor, truth: list[Truth]) -> dict[str, 
     """Return the losses of a batch by name."""
     x = detector.backbone(images)
     proposed = each(*detector.propose(x))
-    found = {"proposals": torch.stack([proposal_loss(*one, t) for one, t in zip(proposed, truth, strict=True)]).mean()}
+    found = {
+        "proposals": torch.stack(
+            [proposal_loss(*one, t) for one, t in zip(proposed, truth, strict=True)]
+        ).mean()
+    }
     with torch.no_grad():
         regions = sampled_regions([proposals(*one, images.shape[-1]) for one in proposed], truth)
     _, logits, regressions = detector.judge(x, regions.rois)

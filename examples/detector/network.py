@@ -47,7 +47,11 @@ class RoIAlign(nn.Module):
 
     def __init__(self, in_channels: int, output_size: int, **options: Any) -> None:
         super().__init__()
-        self.output_size, self.scale, self.samples = output_size, options["spatial_scale"], options["sampling_ratio"]
+        self.output_size, self.scale, self.samples = (
+            output_size,
+            options["spatial_scale"],
+            options["sampling_ratio"],
+        )
 
     def forward(self, x: Tensor, rois: Tensor) -> Tensor:
         """Return (regions, channels, output_size, output_size)."""
@@ -66,7 +70,11 @@ class Detector(nn.Module):
         self.rpn_box = nn.Conv2d(channels, 4 * len(ANCHORS), 1)
         self.box_pool, self.mask_pool = pooling(variant.pooling), pooling(variant.pooling)
         self.features = nn.Sequential(
-            nn.Flatten(), nn.Linear(pooled, variant.width), nn.ReLU(), nn.Linear(variant.width, variant.width), nn.ReLU()
+            nn.Flatten(),
+            nn.Linear(pooled, variant.width),
+            nn.ReLU(),
+            nn.Linear(variant.width, variant.width),
+            nn.ReLU(),
         )
         self.classifier = nn.Linear(variant.width, CLASSES + 1)
         self.box = nn.Linear(variant.width, 4)
@@ -101,7 +109,9 @@ class Detector(nn.Module):
         chosen = [detections(*both) for both in zip(*parts, strict=True)]
         masks = self.masks(x, with_index([boxes for boxes, _, _ in chosen]))
         labels = torch.cat([labels for _, _, labels in chosen])
-        masks = masks[torch.arange(len(labels)), labels].sigmoid().split([len(boxes) for boxes, _, _ in chosen])
+        masks = (
+            masks[torch.arange(len(labels)), labels].sigmoid().split([len(boxes) for boxes, _, _ in chosen])
+        )
         return [Detections(*one, mask) for one, mask in zip(chosen, masks, strict=True)]
 
 
@@ -118,13 +128,20 @@ def backbone(conv: str) -> nn.Sequential:
         nn.Conv2d(second, third, 3, stride=2, padding=1),
         *last,
     ]
-    return nn.Sequential(*(nn.Sequential(conv, nn.GroupNorm(8, conv.out_channels), nn.ReLU()) for conv in convs))
+    return nn.Sequential(
+        *(nn.Sequential(conv, nn.GroupNorm(8, conv.out_channels), nn.ReLU()) for conv in convs)
+    )
 
 
 def pooling(name: str) -> nn.Module:
     """Build a pooling of regions to BINS by BINS."""
     build = RoIAlign if name == "RoIAlign" else getattr(dcn_np.torch, name)
-    options = {"spatial_scale": 1 / STRIDE, "sampling_ratio": SAMPLES, "gamma": 0.1, "hidden_channels": POOL_HIDDEN}
+    options = {
+        "spatial_scale": 1 / STRIDE,
+        "sampling_ratio": SAMPLES,
+        "gamma": 0.1,
+        "hidden_channels": POOL_HIDDEN,
+    }
     module: nn.Module = build(CHANNELS[-1], BINS, **options)
     return module
 
