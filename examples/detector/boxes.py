@@ -1,4 +1,4 @@
-"""Boxes, (..., 4) tensors of left, top, right and bottom: anchors, overlap, regression, suppression, matching."""
+"""Boxes, tensors (..., 4) of left, top, right and bottom: anchors, overlap, regression, suppression."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ from .network import BOX_SCALE, MASK_SIDE, PROPOSAL_SCALE, Detector, each, propo
 ANCHORS_PER_IMAGE, MOST_POSITIVE_ANCHORS = 64, 32
 POSITIVE_ANCHOR, NEGATIVE_ANCHOR = 0.6, 0.3  # overlap with a true box: at least, below
 REGIONS_PER_IMAGE, MOST_POSITIVE_REGIONS = 32, 12
-POSITIVE_REGION = 0.5
+POSITIVE_REGION = 0.5  # overlap with a true box, at least
+CROP = 64  # pixels along a side of the crops that mimicking looks at; 224 in the paper
+MIMICKED_PER_IMAGE = 2  # of REGIONS_PER_IMAGE: as of the paper, 32 of 512
 
 
 class Truth(NamedTuple):
@@ -31,10 +33,10 @@ class Truth(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """Regions of a batch that the heads are trained on, and what they should say; positives first in each image."""
+    """Regions of a batch that the heads are trained on, and what they should say."""
 
     rois: Tensor  # (count, 5)
-    labels: Tensor  # (count,); CLASSES for background
+    classes: Tensor  # (count,): 0 for background, else one more than the digit
     boxes: Tensor  # (count, 4): the true boxes; of no meaning for background
     objects: Tensor  # (count,): which of the batch's objects; likewise
 
@@ -47,24 +49,28 @@ def truths(scenes: Sequence[Scene]) -> list[Truth]:
     ]
 
 
-def losses(detector: Detector, images: Tensor, truth: list[Truth]) -> dict[str, Tensor]:
-    """Return the losses of a batch by name."""
+def losses(
+    detector: Detector, images: Tensor, truth: list[Truth], mimicking: Mimicking | None = None
+) -> dict[str, Tensor]:
+    """Return the losses of a batch by name; their sum is what a step makes smaller."""
     x = detector.backbone(images)
     proposed = each(*detector.propose(x))
-    found = {
-        "proposals": torch.stack(
-            [proposal_loss(*one, t) for one, t in zip(proposed, truth, strict=True)]
-        ).mean()
-    }
+    found = [proposal_loss(*one, objects) for one, objects in zip(proposed, truth, strict=True)]
     with torch.no_grad():
         regions = sampled_regions([proposals(*one, images.shape[-1]) for one in proposed], truth)
-    _, logits, regressions = detector.judge(x, regions.rois)
-    positive = regions.labels < CLASSES
-    wanted = encoded(regions.boxes[positive], regions.rois[positive, 1:], BOX_SCALE)
-    found["classes"] = cross_entropy(logits, regions.labels)
-    found["boxes"] = smooth_l1_loss(regressions[positive], wanted, reduction="sum") / len(logits)
-    found["masks"] = mask_loss(detector, x, Regions(*(t[positive] for t in regions)), truth)
-    return found
+    features, logits, regressions = detector.judge(x, regions.rois)
+    positive = regions.classes > 0
+    objects = Regions(*(part[positive] for part in regions))
+    wanted = encoded(objects.boxes, objects.rois[:, 1:], BOX_SCALE)
+    named = {
+        "proposals": torch.stack(found).mean(),
+        "classes": cross_entropy(logits, regions.classes),
+        "boxes": smooth_l1_loss(regressions[positive], wanted, reduction="sum") / len(logits),
+        "masks": mask_loss(detector, x, objects, truth),
+    }
+    if mimicking is not None:
+        named |= mimicking(detector, images, regions, features)
+    return named
 
 
 def proposal_loss(logits: Tensor, regressions: Tensor, references: Tensor, truth: Truth) -> Tensor:
@@ -89,17 +95,35 @@ def sampled_regions(proposed: list[Tensor], truth: list[Truth]) -> Regions:
         best, index = matched(every, objects.boxes)
         positive = best >= POSITIVE_REGION
         chosen = torch.cat(sampled(positive, ~positive, REGIONS_PER_IMAGE, MOST_POSITIVE_REGIONS))
-        index, labels = index[chosen], objects.labels[index[chosen]].where(positive[chosen], CLASSES)
-        found.append((every[chosen], labels, objects.boxes[index], before + index))
+        index = index[chosen]
+        classes = (objects.labels[index] + 1) * positive[chosen]
+        found.append((every[chosen], classes, objects.boxes[index], before + index))
         before += len(objects.boxes)
     boxes, *others = zip(*found, strict=True)
     return Regions(with_index(list(boxes)), *map(torch.cat, others))
 
 
-def mask_loss(detector: Detector, x: Tensor, regions: Regions, truth: list[Truth]) -> Tensor:
-    """Return the loss of the masks in positive regions, each that of the region's class."""
-    logits = detector.masks(x, regions.rois)[torch.arange(len(regions.labels)), regions.labels]
-    masks = torch.cat([t.masks for t in truth])[:, None]
-    rois = torch.cat([regions.objects[:, None].float(), regions.rois[:, 1:]], dim=1)
+def mask_loss(detector: Detector, x: Tensor, objects: Regions, truth: list[Truth]) -> Tensor:
+    """Return the loss of the masks of positive regions, each that of the region's class."""
+    logits = detector.masks(x, objects.rois)[torch.arange(len(objects.rois)), objects.classes - 1]
+    masks = torch.cat([one.masks for one in truth])[:, None]
+    rois = torch.cat([objects.objects[:, None].float(), objects.rois[:, 1:]], dim=1)
     wanted = dcn_np.torch.roi_align(masks, rois, MASK_SIDE, sampling_ratio=2)[:, 0]
     return binary_cross_entropy_with_logits(logits, (wanted >= 0.5).float())
+
+
+class Mimicking(dcn_np.torch.FeatureMimicking):
+    """The branch that sees crops of sampled regions, and its two losses; the detector keeps nothing of it."""
+
+    def __init__(self, features: int, regions: str) -> None:
+        super().__init__(features, CLASSES, size=CROP)
+        self.regions = regions
+
+    def forward(
+        self, detector: Detector, images: Tensor, regions: Regions, features: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the losses by name; `features` are the detector's of the regions."""
+        chosen = dcn_np.torch.sample_regions(regions.rois, regions.classes, MIMICKED_PER_IMAGE, self.regions)
+        parts = (part[chosen] for part in (regions.rois, regions.classes, features))
+        found = super().forward(images, *parts, detector.region_features)
+        return {"mimicking": found.mimic, "crops' classes": found.classification}

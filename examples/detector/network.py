@@ -15,6 +15,7 @@ from .variants import Variant
 
 STRIDE = 8  # pixels of the image per cell of the feature map
 CHANNELS = (16, 32, 64)  # of the map, halved in size before each
+GROUPS = 8  # of channels that are normalised together
 STAGE = 3  # convolutions of the last stage, which differ between the variants
 ANCHORS = (18.0, 31.0, 54.0)  # pixels along a side
 BINS = 7  # of a pooled region along each axis
@@ -47,15 +48,11 @@ class RoIAlign(nn.Module):
 
     def __init__(self, in_channels: int, output_size: int, **options: Any) -> None:
         super().__init__()
-        self.output_size, self.scale, self.samples = (
-            output_size,
-            options["spatial_scale"],
-            options["sampling_ratio"],
-        )
+        self.sizes = output_size, options["spatial_scale"], options["sampling_ratio"]
 
     def forward(self, x: Tensor, rois: Tensor) -> Tensor:
         """Return (regions, channels, output_size, output_size)."""
-        return dcn_np.torch.roi_align(x, rois, self.output_size, self.scale, self.samples)
+        return dcn_np.torch.roi_align(x, rois, *self.sizes)
 
 
 class Detector(nn.Module):
@@ -81,16 +78,21 @@ class Detector(nn.Module):
         self.mask = mask_head()
 
     def propose(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the logits (batch, anchors) and regressions (batch, anchors, 4) of a map, and the anchors."""
+        """Return logits (batch, anchors) and regressions (batch, anchors, 4) of a map, and its anchors."""
         hidden = self.rpn_conv(x)
         logits = self.rpn_logit(hidden).permute(0, 2, 3, 1).flatten(1)
         regressions = self.rpn_box(hidden).permute(0, 2, 3, 1).reshape(len(x), -1, 4)
         return logits, regressions, anchors(*x.shape[2:], STRIDE, ANCHORS)
 
     def judge(self, x: Tensor, rois: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return features, class logits (the last class is background) and regressions of regions."""
+        """Return features, class logits (background, then each label) and regressions of regions."""
         features = self.features(self.box_pool(x, rois))
         return features, self.classifier(features), self.box(features)
+
+    def region_features(self, images: Tensor, rois: Tensor) -> Tensor:
+        """Return the features by which regions of images are judged, (regions, width)."""
+        found: Tensor = self.features(self.box_pool(self.backbone(images), rois))
+        return found
 
     def masks(self, x: Tensor, rois: Tensor) -> Tensor:
         """Return the logits of the masks of each class, (regions, CLASSES, MASK_SIDE, MASK_SIDE)."""
@@ -105,7 +107,7 @@ class Detector(nn.Module):
         rois = with_index(found)
         _, logits, regressions = self.judge(x, rois)
         boxes = decoded(regressions, rois[:, 1:], BOX_SCALE, side)
-        parts = [t.split([len(boxes) for boxes in found]) for t in (boxes, logits.softmax(dim=1)[:, :-1])]
+        parts = [t.split([len(boxes) for boxes in found]) for t in (boxes, logits.softmax(dim=1)[:, 1:])]
         chosen = [detections(*both) for both in zip(*parts, strict=True)]
         masks = self.masks(x, with_index([boxes for boxes, _, _ in chosen]))
         labels = torch.cat([labels for _, _, labels in chosen])
@@ -119,31 +121,33 @@ def backbone(conv: str) -> nn.Sequential:
     """Build the layers from an image to a map of CHANNELS[-1], a STRIDE-th as large."""
     first, second, third = CHANNELS
     library = nn if conv == "Conv2d" else dcn_np.torch
-    masks = {"mask_activation": "2*sigmoid"} if conv == "ModulatedDeformConv2d" else {}  # masks begin at 1
-    last = [getattr(library, conv)(third, third, 3, padding=1, **masks) for _ in range(STAGE)]
-    convs = [
-        nn.Conv2d(3, first, 3, stride=2, padding=1),
-        nn.Conv2d(first, second, 3, stride=2, padding=1),
-        nn.Conv2d(second, second, 3, padding=1),
-        nn.Conv2d(second, third, 3, stride=2, padding=1),
-        *last,
-    ]
+    last = (getattr(library, conv)(third, third, 3, padding=1, **masks_of(conv)) for _ in range(STAGE))
     return nn.Sequential(
-        *(nn.Sequential(conv, nn.GroupNorm(8, conv.out_channels), nn.ReLU()) for conv in convs)
+        *normalised(nn.Conv2d(3, first, 3, stride=2, padding=1), first),
+        *normalised(nn.Conv2d(first, second, 3, stride=2, padding=1), second),
+        *normalised(nn.Conv2d(second, second, 3, padding=1), second),
+        *normalised(nn.Conv2d(second, third, 3, stride=2, padding=1), third),
+        *(layer for conv in last for layer in normalised(conv, third)),
     )
+
+
+def normalised(conv: nn.Module, channels: int) -> tuple[nn.Module, ...]:
+    """Follow a convolution by what follows each: no BatchNorm, whose statistics would be of crops too."""
+    return conv, nn.GroupNorm(GROUPS, channels), nn.ReLU()
 
 
 def pooling(name: str) -> nn.Module:
     """Build a pooling of regions to BINS by BINS."""
     build = RoIAlign if name == "RoIAlign" else getattr(dcn_np.torch, name)
-    options = {
-        "spatial_scale": 1 / STRIDE,
-        "sampling_ratio": SAMPLES,
-        "gamma": 0.1,
-        "hidden_channels": POOL_HIDDEN,
-    }
+    options = {"spatial_scale": 1 / STRIDE, "sampling_ratio": SAMPLES, "hidden_channels": POOL_HIDDEN}
+    options |= masks_of(name)
     module: nn.Module = build(CHANNELS[-1], BINS, **options)
     return module
+
+
+def masks_of(name: str) -> dict[str, Any]:
+    """Return what modulated layers are built with: masks that begin at 1, so that all begin alike."""
+    return {"mask_activation": "2*sigmoid"} if name.startswith("Modulated") else {}
 
 
 def mask_head() -> nn.Sequential:

@@ -11,7 +11,7 @@ import dcn_np.torch
 
 from ..digits.schedule import rate_factor
 from .data import Scene, as_input, material, scenes
-from .losses import losses, truths
+from .losses import Mimicking, losses, truths
 from .network import Detector
 from .variants import Variant
 
@@ -45,17 +45,19 @@ def made(variant: Variant, seed: int) -> Detector:
 
 
 def train(
-    detector: Detector, seed: int, steps: int, offset_factor: float = OFFSET_FACTOR
+    detector: Detector, variant: Variant, seed: int, steps: int, offset_factor: float = OFFSET_FACTOR
 ) -> Iterator[dict[str, float]]:
     """Train; yield the losses of each step by name."""
-    groups = dcn_np.torch.parameter_groups(detector, RATE, offset_factor)
-    optimiser = torch.optim.AdamW(groups, weight_decay=DECAY)
+    mimicking = Mimicking(variant.width, variant.mimicking) if variant.mimicking else None
+    both = nn.ModuleList([detector] if mimicking is None else [detector, mimicking])
+    groups = dcn_np.torch.parameter_groups(both, RATE, offset_factor)
+    optimiser = torch.optim.AdamW(groups, weight_decay=DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, steps))
     for batch in batches(seed, steps):
-        found = losses(detector, torch.from_numpy(as_input(batch)), truths(batch))
+        found = losses(detector, torch.from_numpy(as_input(batch)), truths(batch), mimicking)
         optimiser.zero_grad()
         torch.stack(list(found.values())).sum().backward()
-        nn.utils.clip_grad_norm_(detector.parameters(), LARGEST_NORM)
+        nn.utils.clip_grad_norm_(both.parameters(), LARGEST_NORM)
         optimiser.step()
         schedule.step()
         yield {name: loss.item() for name, loss in found.items()}
