@@ -90,7 +90,8 @@ def sizes_of(photograph: Array) -> list[Array]:
 def compose(material: Material, rng: numpy.random.Generator) -> Scene:
     """Paste digits on a crop of a photograph, where their boxes do not overlap."""
     image = background(material.photographs, rng)
-    boxes, labels, masks = [], [], []
+    boxes: list[list[int]] = []
+    labels, masks = [], []
     for _ in range(rng.integers(COUNTS[0], COUNTS[1], endpoint=True)):
         chosen = rng.integers(len(material.labels))
         alpha = drawn(material.digits[chosen], rng)
@@ -108,7 +109,7 @@ def compose(material: Material, rng: numpy.random.Generator) -> Scene:
 
 def background(photographs: Sequence[Array], rng: numpy.random.Generator) -> Array:
     """Crop a photograph anywhere, mirrored or not, brighter or darker: float64."""
-    photograph = photographs[rng.integers(len(photographs))]
+    photograph = photographs[int(rng.integers(len(photographs)))]
     top, left = (rng.integers(side - CANVAS, endpoint=True) for side in photograph.shape[:2])
     crop = photograph[top : top + CANVAS, left : left + CANVAS]
     return crop[:, :: rng.choice([1, -1])] * rng.uniform(0.7, 1.2)

@@ -17,7 +17,8 @@ from .data import Array, Scene, as_input
 from .network import Detections, Detector
 
 METRICS = ("AP", "AP50", "AP75")
-KINDS = {"box": "bbox", "mask": "segm"}  # by the name that pycocotools has for them
+KINDS = {"box": "bbox", "mask": "segm"}  # and the names that pycocotools has for them
+COLUMNS = [f"{kind} {metric}" for kind in KINDS for metric in METRICS]
 
 
 def detect_all(detector: Detector, scenes: Sequence[Scene], batch: int = 20) -> list[Detections]:
@@ -43,19 +44,24 @@ def average_precision(scenes: Sequence[Scene], found: Sequence[Detections]) -> d
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    results = {}
+    results = as_results(found, scenes[0].image.shape[0])
+    if not results:  # which pycocotools cannot read
+        return dict.fromkeys(COLUMNS, 0.0)
+    precision: dict[str, float] = {}
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
         truth.dataset = as_coco(scenes)
         truth.createIndex()
-        answers = truth.loadRes(as_results(found, scenes[0].image.shape[0]))
+        answers = truth.loadRes(results)
         for kind, name in KINDS.items():
             evaluation = COCOeval(truth, answers, name)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
-            results |= {f"{kind} {metric}": 100 * evaluation.stats[i] for i, metric in enumerate(METRICS)}
-    return results
+            precision |= {
+                f"{kind} {metric}": 100 * float(evaluation.stats[i]) for i, metric in enumerate(METRICS)
+            }
+    return precision
 
 
 def as_coco(scenes: Sequence[Scene]) -> dict[str, Any]:

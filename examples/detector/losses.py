@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, smooth_l1_loss
 
 import dcn_np.torch
@@ -112,11 +112,12 @@ def mask_loss(detector: Detector, x: Tensor, objects: Regions, truth: list[Truth
     return binary_cross_entropy_with_logits(logits, (wanted >= 0.5).float())
 
 
-class Mimicking(dcn_np.torch.FeatureMimicking):
+class Mimicking(nn.Module):
     """The branch that sees crops of sampled regions, and its two losses; the detector keeps nothing of it."""
 
     def __init__(self, features: int, regions: str) -> None:
-        super().__init__(features, CLASSES, size=CROP)
+        super().__init__()
+        self.branch = dcn_np.torch.FeatureMimicking(features, CLASSES, size=CROP)
         self.regions = regions
 
     def forward(
@@ -125,5 +126,5 @@ class Mimicking(dcn_np.torch.FeatureMimicking):
         """Return the losses by name; `features` are the detector's of the regions."""
         chosen = dcn_np.torch.sample_regions(regions.rois, regions.classes, MIMICKED_PER_IMAGE, self.regions)
         parts = (part[chosen] for part in (regions.rois, regions.classes, features))
-        found = super().forward(images, *parts, detector.region_features)
+        found = self.branch(images, *parts, detector.region_features)
         return {"mimicking": found.mimic, "crops' classes": found.classification}

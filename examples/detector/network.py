@@ -82,7 +82,7 @@ class Detector(nn.Module):
         hidden = self.rpn_conv(x)
         logits = self.rpn_logit(hidden).permute(0, 2, 3, 1).flatten(1)
         regressions = self.rpn_box(hidden).permute(0, 2, 3, 1).reshape(len(x), -1, 4)
-        return logits, regressions, anchors(*x.shape[2:], STRIDE, ANCHORS)
+        return logits, regressions, anchors(x.shape[2], x.shape[3], STRIDE, ANCHORS)
 
     def judge(self, x: Tensor, rois: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return features, class logits (background, then each label) and regressions of regions."""
