@@ -18,10 +18,10 @@ from .network import BOX_SCALE, MASK_SIDE, PROPOSAL_SCALE, Detector, each, propo
 
 ANCHORS_PER_IMAGE, MOST_POSITIVE_ANCHORS = 64, 32
 POSITIVE_ANCHOR, NEGATIVE_ANCHOR = 0.6, 0.3  # overlap with a true box: at least, below
-REGIONS_PER_IMAGE, MOST_POSITIVE_REGIONS = 32, 12
+REGIONS_PER_IMAGE, MOST_POSITIVE_REGIONS = 24, 6
 POSITIVE_REGION = 0.5  # overlap with a true box, at least
-CROP = 64  # pixels along a side of the crops that mimicking looks at; 224 in the paper
-MIMICKED_PER_IMAGE = 2  # of REGIONS_PER_IMAGE: as of the paper, 32 of 512
+CROP = 48  # pixels along a side of the crops that mimicking looks at; 224 in the paper
+MIMICKED_PER_IMAGE = 2  # of REGIONS_PER_IMAGE: in the paper 32 of 512
 
 
 class Truth(NamedTuple):

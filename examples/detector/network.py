@@ -21,7 +21,7 @@ ANCHORS = (18.0, 31.0, 54.0)  # pixels along a side
 BINS = 7  # of a pooled region along each axis
 SAMPLES = 2  # per bin along each axis
 POOL_HIDDEN = 64  # width of the branch that makes the offsets of a pooling
-MASK_CHANNELS = 32
+MASK_CHANNELS = (32, 16)  # before and after the last doubling of its size
 MASK_SIDE = 4 * BINS  # cells of a predicted mask along each axis
 
 PROPOSALS = 40  # per image
@@ -152,16 +152,17 @@ def masks_of(name: str) -> dict[str, Any]:
 
 def mask_head() -> nn.Sequential:
     """Build the layers from a pooled region to the logits of its masks."""
+    wide, narrow = MASK_CHANNELS
     return nn.Sequential(
-        nn.Conv2d(CHANNELS[-1], MASK_CHANNELS, 3, padding=1),
+        nn.Conv2d(CHANNELS[-1], wide, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(MASK_CHANNELS, MASK_CHANNELS, 3, padding=1),
+        nn.Conv2d(wide, wide, 3, padding=1),
         nn.ReLU(),
-        nn.ConvTranspose2d(MASK_CHANNELS, MASK_CHANNELS, 2, stride=2),
+        nn.ConvTranspose2d(wide, wide, 2, stride=2),
         nn.ReLU(),
-        nn.ConvTranspose2d(MASK_CHANNELS, MASK_CHANNELS, 2, stride=2),
+        nn.ConvTranspose2d(wide, narrow, 2, stride=2),
         nn.ReLU(),
-        nn.Conv2d(MASK_CHANNELS, CLASSES, 1),
+        nn.Conv2d(narrow, CLASSES, 1),
     )
 
 

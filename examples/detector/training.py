@@ -16,11 +16,11 @@ from .network import Detector
 from .variants import Variant
 
 SEEDS = [0, 1, 2]
-STEPS = 2000
+STEPS = 1200
 QUICK_STEPS = 200
 BATCH = 4
 RATE = 0.002  # the largest learning rate of AdamW
-OFFSET_FACTOR = 1.0  # the rate of the offset branches of convolutions by that of all else
+OFFSET_FACTOR = 0.1  # the rate of the offset branches of convolutions by that of all else, as in the papers
 DECAY = 1e-4
 LARGEST_NORM = 10.0  # of the gradients together
 TEST_SCENES = 300

@@ -15,9 +15,9 @@ class Variant(NamedTuple):
 
 
 # What the offset branches cost the others in parameters, the regular detector has in fc width.
-REGULAR = Variant("Conv2d", "RoIAlign", 364)
-DCNV1 = Variant("DeformConv2d", "DeformRoIPool", 260)
-DCNV2 = Variant("ModulatedDeformConv2d", "ModulatedDeformRoIPool", 256)
+REGULAR = Variant("Conv2d", "RoIAlign", 322)
+DCNV1 = Variant("DeformConv2d", "DeformRoIPool", 198)
+DCNV2 = Variant("ModulatedDeformConv2d", "ModulatedDeformRoIPool", 192)
 VARIANTS = {
     "regular": REGULAR,
     "DCNv1": DCNV1,
