@@ -63,16 +63,22 @@ def material() -> tuple[Material, Material]:
 
 def made_of(names: Sequence[str], digits: Digits) -> Material:
     """Read photographs, each in its sizes, and smooth digits."""
+    sizes = [size for name in names for size in sizes_of(photograph(name))]
+    return Material(sizes, smoothed(digits.images), digits.labels)
+
+
+def photograph(name: str) -> Array:
+    """Read a photograph of scikit-image: (height, width) or (height, width, 3), uint8."""
     import skimage.data
 
-    found = [size for name in names for size in sizes_of(getattr(skimage.data, name)())]
-    smooth = numpy.array(
-        [
-            zoom(image / LARGEST, FINER, order=3, grid_mode=True, mode="grid-constant")
-            for image in digits.images.astype(numpy.float64)
-        ]
-    )
-    return Material(found, smooth.clip(0, 1), digits.labels)
+    return getattr(skimage.data, name)()
+
+
+def smoothed(images: Array) -> Array:
+    """Enlarge digits (count, SIDE, SIDE) by FINER: 0 to 1."""
+    grey = images.astype(numpy.float64) / LARGEST
+    finer = [zoom(image, FINER, order=3, grid_mode=True, mode="grid-constant") for image in grey]
+    return numpy.array(finer).clip(0, 1)
 
 
 def sizes_of(photograph: Array) -> list[Array]:
