@@ -32,6 +32,11 @@ HEIGHTS = 18.0, 54.0  # pixels of an upright digit, log-uniformly between
 DEGREES = 45.0  # turned by at most so much to either side, so that a 6 is no 9
 FINER = 4  # pixels of the smoothed original per pixel
 EDGE = 0.4, 0.7  # grey values, of the largest, between which a digit goes from clear to opaque
+COLOURS = (
+    150.0,
+    255.0,
+)  # of digits, each of red, green and blue uniformly between: brighter than most photographs
+BRIGHTNESS = 0.3, 0.7  # of photographs, by their own
 CONTRAST = 90.0  # least distance of a digit's colour from the mean of what it covers, in RGB of 0 to 255
 NOISE = 8.0  # standard deviation of a digit's colour from pixel to pixel
 TRIES = 50  # to find a place for a digit
@@ -114,11 +119,11 @@ def compose(material: Material, rng: numpy.random.Generator) -> Scene:
 
 
 def background(photographs: Sequence[Array], rng: numpy.random.Generator) -> Array:
-    """Crop a photograph anywhere, mirrored or not, brighter or darker: float64."""
+    """Crop a photograph anywhere, mirrored or not, and make it darker: float64."""
     photograph = photographs[int(rng.integers(len(photographs)))]
     top, left = (rng.integers(side - CANVAS, endpoint=True) for side in photograph.shape[:2])
     crop = photograph[top : top + CANVAS, left : left + CANVAS]
-    return crop[:, :: rng.choice([1, -1])] * rng.uniform(0.7, 1.2)
+    return crop[:, :: rng.choice([1, -1])] * rng.uniform(*BRIGHTNESS)
 
 
 def drawn(digit: Array, rng: numpy.random.Generator) -> Array:
@@ -152,9 +157,9 @@ def paste(image: Array, alpha: Array, place: tuple[int, int], rng: numpy.random.
     """Paint a digit in a colour of its own into an image; return its mask."""
     rows, columns = (slice(start, start + side) for start, side in zip(place, alpha.shape, strict=True))
     behind, opacity = image[rows, columns], alpha[..., None]
-    colour = rng.uniform(0, 255, 3)
+    colour = rng.uniform(*COLOURS, 3)
     while numpy.linalg.norm(colour - behind.mean(axis=(0, 1))) < CONTRAST:
-        colour = rng.uniform(0, 255, 3)
+        colour = rng.uniform(*COLOURS, 3)
     image[rows, columns] += opacity * (colour + rng.normal(0, NOISE, behind.shape) - behind)
     mask = numpy.zeros(image.shape[:2], bool)
     mask[rows, columns] = alpha >= 0.5

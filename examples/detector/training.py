@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,11 +17,11 @@ from .network import Detector
 from .variants import Variant
 
 SEEDS = [0, 1, 2]
-STEPS = 1200
+STEPS = 800
 QUICK_STEPS = 200
 BATCH = 4
 RATE = 0.002  # the largest learning rate of AdamW
-OFFSET_FACTOR = 0.1  # the rate of the offset branches of convolutions by that of all else, as in the papers
+OFFSET_FACTOR = 0.1  # the rate of the branches that make offsets and masks, by that of all else
 DECAY = 1e-4
 LARGEST_NORM = 10.0  # of the gradients together
 TEST_SCENES = 300
@@ -44,14 +45,24 @@ def made(variant: Variant, seed: int) -> Detector:
     return Detector(variant)
 
 
+def parameter_groups(model: nn.Module, offset_factor: float) -> list[dict[str, Any]]:
+    """Let all that makes offsets and masks learn slower, in the poolings too: README.md says why."""
+    others, slower = dcn_np.torch.parameter_groups(model, RATE, offset_factor)
+    poolings = dcn_np.torch.DeformRoIPool, dcn_np.torch.ModulatedDeformRoIPool
+    branches = [p for module in model.modules() if isinstance(module, poolings) for p in module.parameters()]
+    ids = set(map(id, branches))
+    others["params"] = [parameter for parameter in others["params"] if id(parameter) not in ids]
+    slower["params"] += branches
+    return [others, slower]
+
+
 def train(
     detector: Detector, variant: Variant, seed: int, steps: int, offset_factor: float = OFFSET_FACTOR
 ) -> Iterator[dict[str, float]]:
     """Train; yield the losses of each step by name."""
     mimicking = Mimicking(variant.width, variant.mimicking) if variant.mimicking else None
     both = nn.ModuleList([detector] if mimicking is None else [detector, mimicking])
-    groups = dcn_np.torch.parameter_groups(both, RATE, offset_factor)
-    optimiser = torch.optim.AdamW(groups, weight_decay=DECAY, fused=True)
+    optimiser = torch.optim.AdamW(parameter_groups(both, offset_factor), weight_decay=DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate_factor(step, steps))
     for batch in batches(seed, steps):
         found = losses(detector, torch.from_numpy(as_input(batch)), truths(batch), mimicking)
