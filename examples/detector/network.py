@@ -107,13 +107,11 @@ class Detector(nn.Module):
         rois = with_index(found)
         _, logits, regressions = self.judge(x, rois)
         boxes = decoded(regressions, rois[:, 1:], BOX_SCALE, side)
-        parts = [t.split([len(boxes) for boxes in found]) for t in (boxes, logits.softmax(dim=1)[:, 1:])]
-        chosen = [detections(*both) for both in zip(*parts, strict=True)]
-        masks = self.masks(x, with_index([boxes for boxes, _, _ in chosen]))
-        labels = torch.cat([labels for _, _, labels in chosen])
-        masks = (
-            masks[torch.arange(len(labels)), labels].sigmoid().split([len(boxes) for boxes, _, _ in chosen])
-        )
+        by_image = [part.split(list(map(len, found))) for part in (boxes, logits.softmax(dim=1)[:, 1:])]
+        chosen = [detections(*both) for both in zip(*by_image, strict=True)]
+        labels = torch.cat([one[2] for one in chosen])
+        masks = self.masks(x, with_index([one[0] for one in chosen]))[torch.arange(len(labels)), labels]
+        masks = masks.sigmoid().split([len(one[0]) for one in chosen])
         return [Detections(*one, mask) for one, mask in zip(chosen, masks, strict=True)]
 
 
