@@ -17,7 +17,7 @@ from .training import test_scenes
 from .variants import VARIANTS
 
 SHOWN = 6  # scenes of a picture
-LEAST_SCORE = 0.5  # of what is drawn
+LEAST_SCORE = 0.3  # of what is drawn
 INCHES = 2.2  # along a side of a scene
 COLOURS = "tab10"  # a colour for each digit
 
