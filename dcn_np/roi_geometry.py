@@ -104,7 +104,7 @@ class RoIGeometry:
             output=output,
             part=output,
             spatial_scale=_checked_scale(spatial_scale),
-            offset_scale=_real("gamma", gamma),
+            offset_scale=checked_real("gamma", gamma),
             dtype=dtype,
             position_dtype=position_dtype,
         )
@@ -131,7 +131,7 @@ class RoIGeometry:
         dtype, position_dtype = _common_dtypes(dtypes, x, rois, offset, None)
         _check_axes(x, rois)
         output = _pair("output_size", output_size)
-        outputs, group = _whole("output_dim", output_dim), _whole("group_size", group_size)
+        outputs, group = checked_whole("output_dim", output_dim), checked_whole("group_size", group_size)
         _check_channels(x.shape[1], outputs, group)
         part = output if part_size is None else _pair("part_size", part_size)
         geometry = RoIGeometry(
@@ -147,7 +147,7 @@ class RoIGeometry:
             output=output,
             part=part,
             spatial_scale=_checked_scale(spatial_scale),
-            offset_scale=_real("trans_std", trans_std),
+            offset_scale=checked_real("trans_std", trans_std),
             dtype=dtype,
             position_dtype=position_dtype,
         )
@@ -226,7 +226,8 @@ def _pair(name: str, value: Any) -> Shape:
     return checked_number(f"{name}[0]", whole[0], 1), checked_number(f"{name}[1]", whole[1], 1)
 
 
-def _whole(name: str, value: Any) -> int:
+def checked_whole(name: str, value: Any) -> int:
+    """Return `value` if it is an integer of at least 1."""
     return checked_number(name, checked_integers(name, value, 0), 1)
 
 
@@ -240,7 +241,8 @@ def _checked_samples(name: str, value: Any, least: int) -> int:
     return samples
 
 
-def _real(name: str, value: Any) -> float:
+def checked_real(name: str, value: Any) -> float:
+    """Return `value` if it is a finite number."""
     if isinstance(value, bool | numpy.bool_) or not isinstance(
         value, int | float | numpy.floating | numpy.integer
     ):
@@ -255,7 +257,7 @@ def _real(name: str, value: Any) -> float:
 
 
 def _checked_scale(value: Any) -> float:
-    scale = _real("spatial_scale", value)
+    scale = checked_real("spatial_scale", value)
     if scale <= 0:
         raise ValueError(f"spatial_scale is {scale:g}; wanted more than 0: a stride of 16 pixels is 1/16")
     return scale
@@ -292,10 +294,15 @@ def _check_axes(x: Any, rois: Any) -> None:
             f"x has {count(len(x.shape), 'axis')}, shape {x.shape}; wanted 4: (batch, channels, height, "
             f"width){hint}"
         )
-    if len(rois.shape) != 2 or rois.shape[1] != 5:
+    check_rois_shape(rois.shape)
+
+
+def check_rois_shape(shape: Shape) -> None:
+    """Check that each region is five numbers."""
+    if len(shape) != 2 or shape[1] != 5:
         raise ValueError(
-            f"rois has shape {rois.shape}; wanted (R, 5): index of the image, x1, y1, x2, y2 of each region"
-            f"{messages.rois_hint(rois.shape)}"
+            f"rois has shape {shape}; wanted (R, 5): index of the image, x1, y1, x2, y2 of each region"
+            f"{messages.rois_hint(shape)}"
         )
 
 

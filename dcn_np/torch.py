@@ -4,6 +4,7 @@ The computation is `dcn_np.modulated_deform_conv` over the tensors' own memory, 
 Poolings over regions and the mimicking loss are operators of the same kind, on the CPU.
 `replace_convs` makes the network of the DCNv2 paper from an ordinary one, and `parameter_groups` gives the
 branches that make offsets and masks the learning rate of their own that the paper trains them with.
+`FeatureMimicking` is the branch that the paper trains beside a detector.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import dcn_np
 from dcn_np import checkpoints
 from dcn_np.checkpoints import MASK_FACTORS
 
+from ._torch_mimicking import FeatureMimicking, MimickingLosses, crop_regions, sample_regions
 from ._torch_operators import (
     as_tensors,
     autocasts,
@@ -41,9 +43,12 @@ __all__ = [
     "DeformConv1d",
     "DeformConv2d",
     "DeformConv3d",
+    "FeatureMimicking",
+    "MimickingLosses",
     "ModulatedDeformConv1d",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv3d",
+    "crop_regions",
     "deform_conv",
     "deform_conv2d",
     "deform_psroi_pool",
@@ -55,6 +60,7 @@ __all__ = [
     "parameter_groups",
     "replace_convs",
     "roi_align",
+    "sample_regions",
 ]
 
 _INPUTS = dcn_np.Gradients._fields

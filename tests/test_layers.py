@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
     "pth": {"messages"},
     "cgroup": set(),
-    "torch": {"_torch_operators", "_torch_regions", "checkpoints", "dcn_np"},
+    "torch": {"_torch_mimicking", "_torch_operators", "_torch_regions", "checkpoints", "dcn_np"},
+    "_torch_mimicking": {"_torch_regions", "messages", "roi_geometry"},
     "_torch_operators": set(),
     "_torch_regions": {"_torch_operators", "dcn_np"},
     "onnx": {"dcn_np"},
@@ -61,12 +62,23 @@ MAY_IMPORT = {
 }
 
 # Each for one framework, which it imports; nothing imports them but, private parts, their adapter.
-ADAPTERS = {"_torch_operators", "_torch_regions", "dask", "jax", "onnx", "paddle", "tensorflow", "torch"}
+ADAPTERS = {
+    "_torch_mimicking",
+    "_torch_operators",
+    "_torch_regions",
+    "dask",
+    "jax",
+    "onnx",
+    "paddle",
+    "tensorflow",
+    "torch",
+}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
 MAY_ALSO_REQUIRE = {
     "torch": {"torch"},
+    "_torch_mimicking": {"torch"},
     "_torch_operators": {"torch"},
     "_torch_regions": {"torch"},
     "onnx": {"onnx", "onnxscript", "torch"},
