@@ -36,14 +36,17 @@ from ._torch_regions import (
     modulated_deform_roi_pool,
     roi_align,
 )
+from ._torch_roi_layers import DeformRoIPool, ModulatedDeformRoIPool
 
 __all__ = [
     "DeformConv1d",
     "DeformConv2d",
     "DeformConv3d",
+    "DeformRoIPool",
     "ModulatedDeformConv1d",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv3d",
+    "ModulatedDeformRoIPool",
     "deform_conv",
     "deform_conv2d",
     "deform_psroi_pool",
@@ -470,6 +473,9 @@ class ModulatedDeformConv3d(_DeformConv):
 
 def parameter_groups(model: nn.Module, lr: float, offset_factor: float = 0.1) -> list[dict[str, Any]]:
     """Split the parameters for an optimiser: those of the branches that make offsets and masks learn slower.
+
+    This is of convolutions. The fully connected branches of `DeformRoIPool` and `ModulatedDeformRoIPool`
+    learn as fast as the rest, as in the DCNv2 paper.
 
     Parameters
     ----------

@@ -44,9 +44,10 @@ MAY_IMPORT = {
     "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
     "pth": {"messages"},
     "cgroup": set(),
-    "torch": {"_torch_operators", "_torch_regions", "checkpoints", "dcn_np"},
+    "torch": {"_torch_operators", "_torch_regions", "_torch_roi_layers", "checkpoints", "dcn_np"},
     "_torch_operators": set(),
     "_torch_regions": {"_torch_operators", "dcn_np"},
+    "_torch_roi_layers": {"_torch_operators", "_torch_regions", "checkpoints"},
     "onnx": {"dcn_np"},
     "paddle": {"dcn_np", "messages"},
     "tensorflow": {"cpu", "dcn_np", "geometry", "messages"},
@@ -61,7 +62,8 @@ MAY_IMPORT = {
 }
 
 # Each for one framework, which it imports; nothing imports them but, private parts, their adapter.
-ADAPTERS = {"_torch_operators", "_torch_regions", "dask", "jax", "onnx", "paddle", "tensorflow", "torch"}
+ADAPTERS = {"_torch_operators", "_torch_regions", "_torch_roi_layers", "dask", "jax", "onnx", "paddle"}
+ADAPTERS |= {"tensorflow", "torch"}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
@@ -69,6 +71,7 @@ MAY_ALSO_REQUIRE = {
     "torch": {"torch"},
     "_torch_operators": {"torch"},
     "_torch_regions": {"torch"},
+    "_torch_roi_layers": {"torch"},
     "onnx": {"onnx", "onnxscript", "torch"},
     "paddle": {"paddle"},
     "tensorflow": {"tensorflow"},
