@@ -27,6 +27,7 @@ from ._layer import (
     positive,
     present,
 )
+from ._roi_layers import DeformRoIPool, ModulatedDeformRoIPool
 from .arrays import Array, kind_of
 from .checkpoints import MASK_FACTORS
 from .deform_conv import (
@@ -56,9 +57,11 @@ __all__ = [
     "DeformConv1d",
     "DeformConv2d",
     "DeformConv3d",
+    "DeformRoIPool",
     "ModulatedDeformConv1d",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv3d",
+    "ModulatedDeformRoIPool",
     "load_npz",
     "load_safetensors",
     "save_npz",

@@ -3,11 +3,13 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import dcn_np
+from dcn_np import layers as plain_layers
 from dcn_np import torch as dcn_torch
 from dcn_np.torch import DeformRoIPool, ModulatedDeformRoIPool
 
@@ -47,7 +49,7 @@ def problem(dtype=torch.float64, *, grad=True):
 
 
 def by_definition(module, x, rois):
-    """The layer from the plain functions over arrays and the parameters of the module."""
+    """The module from the plain functions over arrays and the parameters of the module."""
     sizes = module.output_size, module.spatial_scale
 
     def pooled(offset, mask):
@@ -113,6 +115,24 @@ def test_channels_last(kind):
     y = module(x.contiguous(memory_format=torch.channels_last), rois)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(y, module(x, rois), rtol=1e-12, atol=1e-12)
+
+
+@EACH
+def test_the_numbers_are_those_of_the_layers_without_a_framework(kind):
+    module, (x, rois) = built(kind), problem()
+    layer = getattr(plain_layers, type(module).__name__)(
+        4, hidden_channels=5, dtype=np.float64, **SIZES | KINDS[kind][1]
+    )
+    layer.load_state_dict({key: value.numpy() for key, value in module.state_dict().items()})
+    y = module(x, rois)
+    grad_output = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    y.backward(grad_output)
+    given = x.detach().numpy(), rois.numpy()
+    np.testing.assert_allclose(layer.forward(*given), y.detach().numpy(), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(layer.backward(grad_output.numpy()), x.grad.numpy(), rtol=1e-11, atol=1e-12)
+    for (key, parameter), name in zip(module.named_parameters(), layer.gradients, strict=True):
+        found = layer.gradients[name]
+        np.testing.assert_allclose(found, parameter.grad.numpy(), rtol=1e-10, atol=1e-12, err_msg=key)
 
 
 # ---- how they begin
