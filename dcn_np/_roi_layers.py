@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
@@ -25,7 +25,11 @@ from .roi_pool import (
 )
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from numpy.typing import DTypeLike
+
+    from .checkpoints import RoIPoolWeights
 
 
 class _DeformRoIPool(Layer):
@@ -36,8 +40,66 @@ class _DeformRoIPool(Layer):
     """
 
     mask_activation: str | None = None
+    modulated: ClassVar[bool]
     # Of each branch, the names of weight and bias of its layers.
     _branches: dict[str, list[tuple[str, str]]]
+
+    @classmethod
+    def from_weights(
+        cls,
+        weights: RoIPoolWeights,
+        output_size: Size,
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 0,
+        gamma: float = 0.1,
+    ) -> Self:
+        """Build the layer that a checkpoint of another library describes.
+
+        Parameters
+        ----------
+        weights : dcn_np.checkpoints.RoIPoolWeights
+            Its arrays, which are copied. Channels, branches and the rule of pooling follow from them.
+        output_size : int or (int, int)
+            As the layer had it: the checkpoint tells only how many bins there are.
+        spatial_scale, gamma : float
+            As the layer had them: no checkpoint tells. `gamma` is its trans_std, if it has one.
+        sampling_ratio : int
+            As the layer had it, or its sample_per_part.
+
+        Returns
+        -------
+        layer
+            One of this class, with the dtype of the weights.
+
+        Raises
+        ------
+        TypeError
+            A dtype that is not computed, or numbers of the wrong kind.
+        ValueError
+            The weights are those of another class, or of another number of bins; numbers that do not fit.
+
+        See Also
+        --------
+        dcn_np.checkpoints.roi_pool_from : Reads the weights.
+        """
+        if weights.modulated != cls.modulated:
+            other = f"{'' if cls.modulated else 'Modulated'}DeformRoIPool"
+            raise ValueError(f"weights.modulated is {weights.modulated}; wanted {cls.modulated}, or {other}")
+        options: dict[str, Any] = {"hidden_channels": weights.hidden_channels}
+        options |= {"position_sensitive": weights.position_sensitive, "rng": 0}
+        if cls.modulated:
+            options |= {"shared_branch": weights.shared_branch, "mask_activation": weights.mask_activation}
+        options["dtype"] = next(iter(weights.arrays.values())).dtype
+        numbers = output_size, spatial_scale, sampling_ratio, gamma
+        # The constructors of the classes differ in their options.
+        make: Any = cls
+        layer: Self = make(weights.in_channels, *numbers, **options)
+        if layer._bins != weights.bins:
+            raise ValueError(
+                f"output_size is {layer.output_size}: {layer._bins} bins; the weights are of {weights.bins}"
+            )
+        layer.load_state_dict(weights.arrays)
+        return layer
 
     def _set_sizes(
         self,
@@ -305,6 +367,8 @@ class DeformRoIPool(_DeformRoIPool):
 {_PARAMETERS}
 {_others("offset_fc")}"""
 
+    modulated = False
+
     def __init__(
         self,
         in_channels: int,
@@ -337,6 +401,8 @@ class ModulatedDeformRoIPool(_DeformRoIPool):
     mask_activation : {{"sigmoid", "2*sigmoid"}}
         What the masks go through: 0.5 at first, as in the paper, or 1.
 {_others("offset_mask_fc", _SEPARATE)}"""
+
+    modulated = True
 
     def __init__(
         self,
