@@ -320,7 +320,7 @@ _PARAMETERS = """
     gamma : float
         A bin moves by gamma * (region's size) * offset.
     hidden_channels : int
-        The width of the hidden layers of a branch; 1024 in the papers."""
+        The width of the hidden layers of a branch; 1024 in the DCNv2 paper."""
 _OTHERS = """\
     position_sensitive : bool
         Pool by the rule of `dcn_np.deform_psroi_pool`, with one group, as the operators of the authors do and
@@ -363,7 +363,8 @@ class DeformRoIPool(_DeformRoIPool):
 
     A regular pooling goes through three fully connected layers with ReLU between, which make 2 * P_h * P_w
     offsets: x of all bins, then y. Weights begin with a standard deviation of 0.01, those of the last layer
-    and all biases at zero, so that at first every bin is in its place. Arrays are on a CPU.
+    and all biases at zero, so that at first every bin is in its place. So it is in mmcv; the DCNv1 paper has
+    the last of these layers only. Arrays are on a CPU.
 {_PARAMETERS}
 {_others("offset_fc")}"""
 

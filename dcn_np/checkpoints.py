@@ -435,7 +435,7 @@ _SEPARATE = (("offset_fc",), ("offset_fc", "mask_fc"))
 _POOLING_LIBRARIES = {
     "mmcv": _PoolingLibrary(_SEPARATE, False),
     "CharlesShang": _PoolingLibrary((_SHARED,), True),
-    # Masks had no branch of their own at first.
+    # Versions differ in whether masks have a branch of their own.
     "chengdazhi": _PoolingLibrary((*_SEPARATE, _SHARED), True),
 }
 
@@ -478,6 +478,8 @@ def roi_pool_from(state_dict: Mapping[str, Array], prefix: str = "", *, library:
     CharlesShang   offset_mask_fc                                         `deform_psroi_pool`
     chengdazhi     offset_fc; modulated also mask_fc, or offset_mask_fc   `deform_psroi_pool`
     =============  =====================================================  ======================
+
+    mmdet 1 has the layers of chengdazhi; poolings of mmdet 2 and later are mmcv's.
 
     Examples
     --------

@@ -448,7 +448,7 @@ POOLINGS = {
     "CharlesShang": ("CharlesShang", authors_pool, {"offset_mask_fc": 12}),
     "chengdazhi": ("chengdazhi", authors_pool, {"offset_fc": 8}),
     "chengdazhi, modulated": ("chengdazhi", authors_pool, {"offset_fc": 8, "mask_fc": 4}),
-    "chengdazhi, at first": ("chengdazhi", authors_pool, {"offset_mask_fc": 12}),
+    "chengdazhi, one branch": ("chengdazhi", authors_pool, {"offset_mask_fc": 12}),
 }
 
 
