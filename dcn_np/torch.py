@@ -38,16 +38,19 @@ from ._torch_regions import (
     modulated_deform_roi_pool,
     roi_align,
 )
+from ._torch_roi_layers import DeformRoIPool, ModulatedDeformRoIPool
 
 __all__ = [
     "DeformConv1d",
     "DeformConv2d",
     "DeformConv3d",
+    "DeformRoIPool",
     "FeatureMimicking",
     "MimickingLosses",
     "ModulatedDeformConv1d",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv3d",
+    "ModulatedDeformRoIPool",
     "crop_regions",
     "deform_conv",
     "deform_conv2d",
@@ -477,6 +480,9 @@ class ModulatedDeformConv3d(_DeformConv):
 def parameter_groups(model: nn.Module, lr: float, offset_factor: float = 0.1) -> list[dict[str, Any]]:
     """Split the parameters for an optimiser: those of the branches that make offsets and masks learn slower.
 
+    This is of convolutions. The fully connected branches of `DeformRoIPool` and `ModulatedDeformRoIPool`
+    learn as fast as the rest, as in the DCNv2 paper.
+
     Parameters
     ----------
     model : Module
@@ -509,7 +515,7 @@ def load_state_dict_from(
 
     Parameters
     ----------
-    module : DeformConv2d or ModulatedDeformConv2d
+    module : DeformConv2d, ModulatedDeformConv2d, DeformRoIPool or ModulatedDeformRoIPool
         Made with the layer's sizes. Of torchvision's layers, which have no branch, the convolution alone is
         loaded.
     state_dict : mapping of str to Tensor or numpy.ndarray
@@ -517,7 +523,8 @@ def load_state_dict_from(
     prefix : str
         The name of the layer in it, such as "backbone.layer2.0.conv2".
     library : {"torchvision", "mmcv", "detectron2", "CharlesShang", "chengdazhi"}
-        Which library saved it.
+        Which library saved it. Poolings over regions are those of mmcv, or of CharlesShang and chengdazhi for
+        modules with ``position_sensitive=True``.
 
     Raises
     ------
@@ -529,15 +536,39 @@ def load_state_dict_from(
     See Also
     --------
     dcn_np.checkpoints.layer_from : The same for NumPy alone.
+    dcn_np.checkpoints.roi_pool_from : ... for poolings over regions.
     """
-    if not isinstance(module, _DeformConv):
+    if not isinstance(module, _DeformConv | DeformRoIPool | ModulatedDeformRoIPool):
         raise TypeError(
-            f"module is a {type(module).__name__}; wanted a deformable convolution of dcn_np.torch"
+            f"module is a {type(module).__name__}; wanted a deformable convolution, or pooling over regions, "
+            "of dcn_np.torch"
         )
     arrays = {
         key: value.detach().float().numpy() if isinstance(value, Tensor) and key.startswith(prefix) else value
         for key, value in state_dict.items()
     }
+    parameters = dict(module.named_parameters())
+    if isinstance(module, _DeformConv):
+        given, activation = _of_convolution(module, arrays, prefix, library)
+        if library == "torchvision":
+            parameters = {name: parameters[name] for name in parameters if not name.startswith("conv_offset")}
+    else:
+        given, activation = _of_pooling(module, arrays, prefix, library)
+    _check_fits(given, parameters, prefix)
+    if activation is not None and activation != module.mask_activation:
+        raise ValueError(
+            f"{library}'s masks go through {activation}; wanted a module with that mask_activation, not "
+            f"{module.mask_activation!r}"
+        )
+    with torch.no_grad():
+        for name, array in given.items():
+            parameters[name].copy_(torch.tensor(array))
+
+
+def _of_convolution(
+    module: _DeformConv, arrays: Mapping[str, Any], prefix: str, library: str
+) -> tuple[dict[str, Any], str | None]:
+    """Return the arrays of a layer by the names of the parameters, and what makes its masks."""
     branch = None if library == "torchvision" else module.modulated
     found = checkpoints.layer_from(arrays, prefix, library=library, modulated=branch)
     if found.offset_dilated is False and any(step != 1 for step in module.dilation):
@@ -545,31 +576,37 @@ def load_state_dict_from(
             f"{library} makes offsets by a convolution without dilation; wanted a module of dilation 1, not "
             f"{module.dilation}"
         )
-    if found.mask_activation not in (None, module.mask_activation):
-        raise ValueError(
-            f"{library}'s masks go through {found.mask_activation}; wanted a module with that "
-            f"mask_activation, not {module.mask_activation!r}"
-        )
     named = {
         "weight": found.weight,
         "bias": found.bias,
         "conv_offset.weight": found.offset_weight,
         "conv_offset.bias": found.offset_bias,
     }
-    given = {name: array for name, array in named.items() if array is not None}
-    parameters = dict(module.named_parameters())
-    wanted = [name for name in parameters if branch is not None or not name.startswith("conv_offset")]
-    if set(given) != set(wanted):
-        raise ValueError(f"the layer {prefix!r} has {sorted(given)}; the module wants {sorted(wanted)}")
+    return {name: array for name, array in named.items() if array is not None}, found.mask_activation
+
+
+def _of_pooling(
+    module: DeformRoIPool | ModulatedDeformRoIPool, arrays: Mapping[str, Any], prefix: str, library: str
+) -> tuple[dict[str, Any], str | None]:
+    """Return the arrays of a layer by the names of the parameters, and what makes its masks."""
+    found = checkpoints.roi_pool_from(arrays, prefix, library=library)
+    if found.position_sensitive != module.position_sensitive:
+        raise ValueError(
+            f"{library} pools with position_sensitive={found.position_sensitive}; wanted a module with that, "
+            f"not {module.position_sensitive}"
+        )
+    return found.arrays, found.mask_activation
+
+
+def _check_fits(given: Mapping[str, Any], parameters: Mapping[str, Tensor], prefix: str) -> None:
+    if set(given) != set(parameters):
+        raise ValueError(f"the layer {prefix!r} has {sorted(given)}; the module wants {sorted(parameters)}")
     for name, array in given.items():
         if tuple(array.shape) != tuple(parameters[name].shape):
             raise ValueError(
                 f"{name} of the layer {prefix!r} has shape {tuple(array.shape)}; the module wants "
                 f"{tuple(parameters[name].shape)}"
             )
-    with torch.no_grad():
-        for name, array in given.items():
-            parameters[name].copy_(torch.tensor(array))
 
 
 def replace_convs(

@@ -41,13 +41,23 @@ MAY_IMPORT = {
     "cuda.tuning": {"cuda.launching", "cuda.modules", "geometry"},
     "cuda.nvrtc": set(),
     "checkpoints": {"messages"},
-    "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
+    "_layer": {"arrays", "backends", "checkpoints", "messages"},
+    "_roi_layers": {"_layer", "arrays", "backends", "checkpoints", "geometry", "roi_geometry", "roi_pool"},
+    "layers": {"_layer", "_roi_layers", "arrays", "checkpoints", "deform_conv", "geometry", "messages"},
     "pth": {"messages"},
     "cgroup": set(),
-    "torch": {"_torch_mimicking", "_torch_operators", "_torch_regions", "checkpoints", "dcn_np"},
+    "torch": {
+        "_torch_mimicking",
+        "_torch_operators",
+        "_torch_regions",
+        "_torch_roi_layers",
+        "checkpoints",
+        "dcn_np",
+    },
     "_torch_mimicking": {"_torch_regions", "messages", "roi_geometry"},
     "_torch_operators": set(),
     "_torch_regions": {"_torch_operators", "dcn_np"},
+    "_torch_roi_layers": {"_torch_operators", "_torch_regions", "checkpoints"},
     "onnx": {"dcn_np"},
     "paddle": {"dcn_np", "messages"},
     "tensorflow": {"cpu", "dcn_np", "geometry", "messages"},
@@ -66,6 +76,7 @@ ADAPTERS = {
     "_torch_mimicking",
     "_torch_operators",
     "_torch_regions",
+    "_torch_roi_layers",
     "dask",
     "jax",
     "onnx",
@@ -81,6 +92,7 @@ MAY_ALSO_REQUIRE = {
     "_torch_mimicking": {"torch"},
     "_torch_operators": {"torch"},
     "_torch_regions": {"torch"},
+    "_torch_roi_layers": {"torch"},
     "onnx": {"onnx", "onnxscript", "torch"},
     "paddle": {"paddle"},
     "tensorflow": {"tensorflow"},
@@ -156,7 +168,7 @@ OPERATOR_MODULES = {"deform_conv", "feature_mimic", "roi_pool"}
 
 
 def test_the_allowed_imports_have_no_cycle_between_operators_and_what_they_stand_on():
-    above = OPERATOR_MODULES | {"layers", "dcn_np"}
+    above = OPERATOR_MODULES | {"_roi_layers", "layers", "dcn_np"}
     below = set(MAY_IMPORT) - above - ADAPTERS
     assert not [name for name in below if above & MAY_IMPORT[name]]
 
