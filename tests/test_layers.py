@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "geometry": {"messages"},
     "messages": set(),
     "backends": {"cpu", "cuda"},
-    "cpu": {"backends", "cpu._native", "geometry", "roi_geometry", "threads"},
+    "cpu": {"backends", "cpu._native", "cpu._openmp", "geometry", "roi_geometry", "threads"},
     "cuda": {"backends", "cuda.device", "cuda.engine", "geometry", "messages", "roi_geometry"},
     "cuda.device": {"cuda.launching", "cuda.modules"},
     "cuda.engine": {"backends", "cuda.fused", "cuda.launching", "cuda.modules", "cuda.tuning", "geometry"},
@@ -324,7 +324,7 @@ def test_only_the_instruction_sets_include_the_kernels():
 
 @pytest.mark.parametrize(
     ("pattern", "owner"),
-    [(r"__attribute__\(\(vector_size", "vector.hpp"), (r"#pragma omp|<omp\.h>", "parallel.cpp")],
+    [(r"__attribute__\(\(vector_size", "vector.hpp"), (r"#pragma omp|<omp\.h>", "openmp.cpp")],
     ids=["simd", "openmp"],
 )
 def test_one_file_owns_it(pattern, owner):
