@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
-from .arrays import Array, kind_of
+from .arrays import Array, kind_of, on_host
 from .backends import backend_of
 from .checkpoints import MASK_FACTORS
 from .deform_conv import (
@@ -709,8 +709,7 @@ def _on_host(state: Mapping[str, Array]) -> dict[str, Array]:
     for key, value in state.items():
         if not isinstance(key, str):
             raise TypeError(f"state has the key {shown(key)}; wanted strings")
-        taken = kind_of(value=value).take(key, value)
-        arrays[key] = numpy.asarray(taken if isinstance(taken, numpy.ndarray) else taken.get(), order="C")
+        arrays[key] = numpy.asarray(on_host(key, value), order="C")
     return arrays
 
 

@@ -42,6 +42,8 @@ MAY_IMPORT = {
     "cuda.nvrtc": set(),
     "checkpoints": {"messages"},
     "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
+    "analysis": {"analysis.sampling"},
+    "analysis.sampling": {"arrays", "backends", "geometry", "messages"},
     "pth": {"messages"},
     "cgroup": set(),
     "torch": {"_torch_operators", "_torch_regions", "checkpoints", "dcn_np"},
