@@ -5,10 +5,14 @@ image; `dcn_np.analysis.torch` makes such a callable of a module of PyTorch.
 """
 
 from .sampling import SampledLayer, SamplingTrace, sampling_positions, trace_sampling
+from .strength import bin_positions, effective_bins, effective_sampling
 
 __all__ = [
     "SampledLayer",
     "SamplingTrace",
+    "bin_positions",
+    "effective_bins",
+    "effective_sampling",
     "sampling_positions",
     "trace_sampling",
 ]
