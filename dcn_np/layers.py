@@ -197,6 +197,26 @@ class _Layer:
         self.gradients = _present(weight=found.weight, bias=found.bias)
         return found.x
 
+    def branch(self, x: Array) -> tuple[Array | None, Array | None]:
+        """Return what the layer makes of images to sample them by.
+
+        Parameters
+        ----------
+        x : array, shape (batch, in_channels, *input)
+            The images, as for `forward`.
+
+        Returns
+        -------
+        tuple of two arrays or None
+            Offsets and masks, as `dcn_np.modulated_deform_conv` takes them; None where the layer has none.
+
+        See Also
+        --------
+        forward : Samples by them.
+        """
+        self._check_x(x)
+        return None, None
+
     def parameters(self) -> dict[str, Array]:
         """Return the parameters by name.
 
@@ -394,11 +414,14 @@ class _Deformable(_Layer):
         layer.load_state_dict(_present(**arrays))
         return layer
 
-    def forward(self, x: Array) -> Array:
+    def branch(self, x: Array) -> tuple[Array | None, Array | None]:
         self._check_x(x)
         made = deform_conv(x, None, self.conv_offset_weight, self.conv_offset_bias, *self._branch_window())
-        offset = made[:, : self._offsets]
         mask = self._factor() * _logistic(made[:, self._offsets :]) if self.modulated else None
+        return made[:, : self._offsets], mask
+
+    def forward(self, x: Array) -> Array:
+        offset, mask = self.branch(x)
         y = modulated_deform_conv(x, offset, mask, self.weight, self.bias, *self._window())
         self._kept = x, offset, mask
         return y
@@ -429,6 +452,7 @@ class _Deformable(_Layer):
         return found.x + branch.x
 
     forward.__doc__, backward.__doc__ = _Layer.forward.__doc__, _Layer.backward.__doc__
+    branch.__doc__ = _Layer.branch.__doc__
 
     def _branch_window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, 1, 1

@@ -135,6 +135,16 @@ def test_all_networks_begin_as_ordinary_ones(stored):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_the_stages_are_the_network(variant, stored):
+    network, x = perturbed(variant), data.as_input(some_digits(stored)[0]).astype(np.float64)
+    y = x
+    for stage in network.stages().values():
+        y = stage.forward(y)
+    np.testing.assert_array_equal(y[:, :, 0, 0], network.logits(x))
+    assert set(network.layers) < set(network.stages())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_differences(variant, stored):
     network, (images, labels) = perturbed(variant), some_digits(stored, 4)
     x, rng = data.as_input(images).astype(np.float64), rng_of(1)

@@ -4,15 +4,25 @@ NumPy alone is needed. Each function takes arrays, or a callable that gives a re
 image; `dcn_np.analysis.torch` makes such a callable of a module of PyTorch.
 """
 
+from .nodes import GlobalAveragePool, LayersNode, Node, NodeFunction, ReLU, of_layers
+from .receptive_field import ReceptiveField, effective_receptive_field
 from .sampling import SampledLayer, SamplingTrace, sampling_positions, trace_sampling
 from .strength import bin_positions, effective_bins, effective_sampling
 
 __all__ = [
+    "GlobalAveragePool",
+    "LayersNode",
+    "Node",
+    "NodeFunction",
+    "ReLU",
+    "ReceptiveField",
     "SampledLayer",
     "SamplingTrace",
     "bin_positions",
     "effective_bins",
+    "effective_receptive_field",
     "effective_sampling",
+    "of_layers",
     "sampling_positions",
     "trace_sampling",
 ]
