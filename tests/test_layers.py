@@ -42,13 +42,17 @@ MAY_IMPORT = {
     "cuda.nvrtc": set(),
     "checkpoints": {"messages"},
     "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
-    "analysis": {"analysis.nodes", "analysis.receptive_field", "analysis.sampling", "analysis.strength"},
+    "analysis": {
+        *("analysis.nodes", "analysis.receptive_field", "analysis.saliency", "analysis.sampling"),
+        *("analysis.strength",),
+    },
     "analysis.arguments": {"arrays", "messages"},
     "analysis.nodes": {
         *("analysis.arguments", "analysis.sampling", "analysis.strength", "arrays", "feature_mimic"),
         *("geometry", "messages"),
     },
     "analysis.receptive_field": {"analysis.arguments", "messages"},
+    "analysis.saliency": {"analysis.arguments", "geometry", "messages"},
     "analysis.sampling": {"arrays", "backends", "geometry", "messages"},
     "analysis.strength": {
         *(

@@ -6,6 +6,7 @@ image; `dcn_np.analysis.torch` makes such a callable of a module of PyTorch.
 
 from .nodes import GlobalAveragePool, LayersNode, Node, NodeFunction, ReLU, of_layers
 from .receptive_field import ReceptiveField, effective_receptive_field
+from .saliency import SaliencyStep, SalientRegion, error_bounded_saliency
 from .sampling import SampledLayer, SamplingTrace, sampling_positions, trace_sampling
 from .strength import bin_positions, effective_bins, effective_sampling
 
@@ -16,12 +17,15 @@ __all__ = [
     "NodeFunction",
     "ReLU",
     "ReceptiveField",
+    "SaliencyStep",
+    "SalientRegion",
     "SampledLayer",
     "SamplingTrace",
     "bin_positions",
     "effective_bins",
     "effective_receptive_field",
     "effective_sampling",
+    "error_bounded_saliency",
     "of_layers",
     "sampling_positions",
     "trace_sampling",
