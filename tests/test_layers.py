@@ -43,14 +43,15 @@ MAY_IMPORT = {
     "checkpoints": {"messages"},
     "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
     "analysis": {
-        *("analysis.nodes", "analysis.receptive_field", "analysis.saliency", "analysis.sampling"),
-        *("analysis.strength",),
+        *("analysis.nodes", "analysis.offset_statistics", "analysis.receptive_field", "analysis.saliency"),
+        *("analysis.sampling", "analysis.strength"),
     },
     "analysis.arguments": {"arrays", "messages"},
     "analysis.nodes": {
         *("analysis.arguments", "analysis.sampling", "analysis.strength", "arrays", "feature_mimic"),
         *("geometry", "messages"),
     },
+    "analysis.offset_statistics": {"analysis.sampling", "messages"},
     "analysis.receptive_field": {"analysis.arguments", "messages"},
     "analysis.saliency": {"analysis.arguments", "geometry", "messages"},
     "analysis.sampling": {"arrays", "backends", "geometry", "messages"},

@@ -5,6 +5,7 @@ image; `dcn_np.analysis.torch` makes such a callable of a module of PyTorch.
 """
 
 from .nodes import GlobalAveragePool, LayersNode, Node, NodeFunction, ReLU, of_layers
+from .offset_statistics import OffsetRecord, offset_statistics, offset_table
 from .receptive_field import ReceptiveField, effective_receptive_field
 from .saliency import SaliencyStep, SalientRegion, error_bounded_saliency
 from .sampling import SampledLayer, SamplingTrace, sampling_positions, trace_sampling
@@ -15,6 +16,7 @@ __all__ = [
     "LayersNode",
     "Node",
     "NodeFunction",
+    "OffsetRecord",
     "ReLU",
     "ReceptiveField",
     "SaliencyStep",
@@ -27,6 +29,8 @@ __all__ = [
     "effective_sampling",
     "error_bounded_saliency",
     "of_layers",
+    "offset_statistics",
+    "offset_table",
     "sampling_positions",
     "trace_sampling",
 ]
