@@ -119,6 +119,13 @@ def test_what_is_not_finite_is_counted_apart():
     assert np.isnan(record[3:9]).all()
 
 
+def test_a_sample_that_is_nan_is_not_outside_however_far_its_other_coordinate():
+    offset = np.zeros((1, 2, 5, 5))
+    offset[0, :, 0, 0], offset[0, :, 1, 1] = (np.nan, 100), (0, 100)
+    (record,) = offset_statistics({"conv": SampledLayer((5, 5), 1, offset=offset)})
+    assert record.outside == 1 / 25
+
+
 def test_a_network_without_offsets_has_no_records():
     of_node = of_layers([Conv2d(1, 1, 3, rng=0)], Node())
     records = offset_statistics(of_node.sampled_layers(np.ones((1, 5, 5), "float32")))

@@ -55,6 +55,7 @@ MAY_IMPORT = {
     "analysis.receptive_field": {"analysis.arguments", "messages"},
     "analysis.saliency": {"analysis.arguments", "geometry", "messages"},
     "analysis.sampling": {"arrays", "backends", "geometry", "messages"},
+    "analysis.torch": {"analysis.nodes", "analysis.sampling", "analysis.strength", "arrays", "messages"},
     "analysis.strength": {
         *(
             "analysis.arguments",
@@ -86,7 +87,17 @@ MAY_IMPORT = {
 }
 
 # Each for one framework, which it imports; nothing imports them but, private parts, their adapter.
-ADAPTERS = {"_torch_operators", "_torch_regions", "dask", "jax", "onnx", "paddle", "tensorflow", "torch"}
+ADAPTERS = {
+    "_torch_operators",
+    "_torch_regions",
+    "analysis.torch",
+    "dask",
+    "jax",
+    "onnx",
+    "paddle",
+    "tensorflow",
+    "torch",
+}
 
 # Below the commands, which draw and compare, nothing but NumPy is needed; who has CuPy's arrays has CuPy.
 MAY_REQUIRE = {"numpy"}
@@ -94,6 +105,7 @@ MAY_ALSO_REQUIRE = {
     "torch": {"torch"},
     "_torch_operators": {"torch"},
     "_torch_regions": {"torch"},
+    "analysis.torch": {"torch"},
     "onnx": {"onnx", "onnxscript", "torch"},
     "paddle": {"paddle"},
     "tensorflow": {"tensorflow"},
