@@ -62,7 +62,11 @@ def test_the_module_itself_has_nodes_and_its_parameters_no_gradients():
         assert response == module(torch.from_numpy(image_of()[None]))[0, 4].item()
     assert gradient.shape == (1, 28, 28)
     assert all(parameter.grad is None for parameter in module.parameters())
-    assert not any(module._forward_hooks for module in module.modules())
+    of_inner = of_module(module, Node("conv3", 0, (1, 1)))
+    of_inner(image_of())
+    of_inner.strengths(image_of())
+    of_inner.sampled_layers(image_of())
+    assert not any(layer._forward_hooks for layer in module.modules())
 
 
 def test_the_gradient_of_a_region_of_a_head_is_that_of_differences():
@@ -92,7 +96,7 @@ def test_the_analyses_take_modules():
     images = np.stack([image_of(seed, np.float32) for seed in range(3)])
     field = effective_receptive_field(of_node, images)
     assert 0 < field.size() < 28
-    found = error_bounded_saliency(of_node.cosine_error(images[0]), images[0], relaxed_steps=20)
+    found = error_bounded_saliency(of_node.cosine_error(images[0]), images[0], cell=4, relaxed_steps=20)
     assert found.error <= 0.1
     assert 0 < found.area < 1
 
@@ -202,6 +206,20 @@ def test_layers_with_the_branch_of_mmcv():
     del layer.deform_groups
     with pytest.raises(TypeError, match="a ModulatedDeformConv2dPack is called without offsets"):
         of_node.sampled_layers(image)
+
+
+def test_of_a_layer_called_twice_the_last_output_is_looked_at():
+    layer = nn.Conv2d(1, 1, 1, bias=False).double()
+    layer.weight.data[:] = 3
+    module = nn.Sequential(layer, nn.Identity(), layer).eval()
+    response, gradient = of_module(module, Node("0", 0, (0, 0)))(np.ones((1, 2, 2)))
+    assert (response, gradient.sum()) == (9, 9)
+
+
+def test_poolings_that_round_up_are_left_out():
+    module = nn.Sequential(nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 2, 1)).eval()
+    found = of_module(module, Node()).sampled_layers(np.ones((1, 9, 9)))
+    assert {name: layer.geometry.output for name, layer in found.items()} == {"1": (3, 3)}
 
 
 def test_a_call_is_one_forward_and_one_backward():
