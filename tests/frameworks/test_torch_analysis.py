@@ -1,5 +1,9 @@
 """Nodes of modules of torch: gradients, layers, regions; what the layers sample; what a call costs."""
 
+import importlib
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -247,6 +251,15 @@ def test_a_call_is_one_forward_and_one_backward():
 
     of_module(Module().eval(), Node(channel=0, position=(1, 1)))(np.ones((1, 4, 4)))
     assert (calls["forward"], calls["backward"]) == (1, 1)
+
+
+def test_the_benchmark_compares_a_receptive_field_with_a_forward_and_a_backward(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    benchmark = importlib.import_module("analysis")
+    monkeypatch.setattr(benchmark, "ROUNDS", 1)
+    line = benchmark.receptive_field(128)
+    field, plain = re.search(r"128 x 128: ([\d.]+) s; a forward and a backward: ([\d.]+) s", line).groups()
+    assert 0 < float(field) < 20 * float(plain)
 
 
 def test_hostile_arguments_are_refused():
