@@ -252,7 +252,7 @@ def test_a_chain_that_does_not_fit_is_refused():
 
 def test_a_trace_too_large_is_refused_before_it_is_computed():
     layer = SampledLayer((9, 9), 3, padding=1)
-    with pytest.raises(ValueError, match=r"1 nodes reach 3486784401 points; wanted at most 67108864"):
+    with pytest.raises(ValueError, match=r"1 nodes reach 3486784401 points; wanted at most 16777216"):
         trace_sampling([layer] * 10, [[4, 4]])
 
 

@@ -20,8 +20,8 @@ from ..messages import count, number, span
 
 Array: TypeAlias = NDArray[Any]
 
-# Points of one trace: three numbers of 8 bytes each in 2-D.
-LARGEST_TRACE = 2**26
+# Points of one trace; while it is computed, each takes about a hundred bytes.
+LARGEST_TRACE = 2**24
 
 # ---- one layer
 
@@ -267,7 +267,7 @@ def trace_sampling(
     TypeError
         An argument of the wrong kind.
     ValueError
-        Layers that do not fit on each other, a node outside the output, or more than 2**26 points.
+        Layers that do not fit on each other, a node outside the output, or more than 2**24 points.
 
     See Also
     --------
