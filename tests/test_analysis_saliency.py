@@ -218,6 +218,17 @@ def test_the_steps_tell_the_search(digits):
     assert found.relaxed[found.mask].min() > found.relaxed.mean()
 
 
+def test_a_bound_out_of_the_reach_of_relaxed_masks_overflows_nothing():
+    image = np.ones((1, 3, 3))
+
+    def error_of(other):
+        return float((other != image).any()), np.zeros_like(image)
+
+    found = error_bounded_saliency(error_of, image, relaxed_steps=8000)
+    assert found.mask.all()
+    assert np.isfinite(found.relaxed).all()
+
+
 # ---- the progress bar
 
 

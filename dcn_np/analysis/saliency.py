@@ -33,6 +33,7 @@ GROWTH, TRIED = 1.2, 40
 # The relaxed optimisation: Adam on the logits of the mask, with a weight of the error that follows the bound.
 RATE, FIRST_DECAY, SECOND_DECAY = 0.2, 0.9, 0.99
 FIRST_LOGIT, FIRST_WEIGHT, WEIGHT_RATE = 1.0, 1.0, 0.1
+LARGEST_WEIGHT = 1e100  # its square is still a float, however long the bound is out of reach
 
 
 class SaliencyStep(NamedTuple):
@@ -262,6 +263,7 @@ class _Search:
             mean, square = first / (1 - FIRST_DECAY**step), second / (1 - SECOND_DECAY**step)
             logits -= RATE * mean / (numpy.sqrt(square) + 1e-12)
             weight *= math.exp(WEIGHT_RATE * max(-1.0, min(1.0, error / self.bound - 1)))
+            weight = min(weight, LARGEST_WEIGHT)
             advance(steps - step)
         self.relaxed = 1 / (1 + numpy.exp(-logits))
 
