@@ -262,6 +262,21 @@ def test_the_benchmark_compares_a_receptive_field_with_a_forward_and_a_backward(
     assert 0 < float(field) < 20 * float(plain)
 
 
+def test_arrays_of_torch_are_read():
+    offset, mask = torch.randn(1, 18, 5, 5, dtype=torch.float64), torch.rand(1, 9, 5, 5, dtype=torch.float64)
+    found = analysis.sampling_positions(offset, 3, padding=1)
+    np.testing.assert_array_equal(found, analysis.sampling_positions(offset.numpy(), 3, padding=1))
+    layer = analysis.SampledLayer((5, 5), 3, padding=1, offset=offset, mask=mask)
+    np.testing.assert_array_equal(layer.mask, mask.numpy())
+    x, weight = torch.randn(1, 2, 5, 5, dtype=torch.float64), torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    arrays = torch.ones(1, 1, 5, 5, dtype=torch.float64), x, offset, mask, weight
+    strengths = analysis.effective_sampling(*arrays, padding=1)
+    wanted = analysis.effective_sampling(*(array.numpy() for array in arrays), padding=1)
+    np.testing.assert_array_equal(strengths, wanted)
+    with pytest.raises(TypeError, match=r"offset is a torch\.Tensor that requires a gradient"):
+        analysis.sampling_positions(offset.requires_grad_(), 3)
+
+
 def test_hostile_arguments_are_refused():
     _, module = digits_both("DCNv1")
     for given, kind, message in (
