@@ -28,7 +28,7 @@ from ._layer import (
     present,
 )
 from ._roi_layers import DeformRoIPool, ModulatedDeformRoIPool
-from .arrays import Array, kind_of
+from .arrays import Array, on_host
 from .checkpoints import MASK_FACTORS
 from .deform_conv import (
     Extents,
@@ -205,6 +205,26 @@ class _Conv(Layer):
         self.gradients = present(weight=found.weight, bias=found.bias)
         return found.x
 
+    def branch(self, x: Array) -> tuple[Array | None, Array | None]:
+        """Return what the layer makes of images to sample them by.
+
+        Parameters
+        ----------
+        x : array, shape (batch, in_channels, *input)
+            The images, as for `forward`.
+
+        Returns
+        -------
+        tuple of two arrays or None
+            Offsets and masks, as `dcn_np.modulated_deform_conv` takes them; None where the layer has none.
+
+        See Also
+        --------
+        forward : Samples by them.
+        """
+        self._check_x(x)
+        return None, None
+
     def _window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups, self.offset_groups
 
@@ -341,11 +361,14 @@ class _Deformable(_Conv):
         layer.load_state_dict(present(**arrays))
         return layer
 
-    def forward(self, x: Array) -> Array:
+    def branch(self, x: Array) -> tuple[Array | None, Array | None]:
         self._check_x(x)
         made = deform_conv(x, None, self.conv_offset_weight, self.conv_offset_bias, *self._branch_window())
-        offset = made[:, : self._offsets]
         mask = self._factor() * logistic(made[:, self._offsets :]) if self.modulated else None
+        return made[:, : self._offsets], mask
+
+    def forward(self, x: Array) -> Array:
+        offset, mask = self.branch(x)
         y = modulated_deform_conv(x, offset, mask, self.weight, self.bias, *self._window())
         self._kept = x, offset, mask
         return y
@@ -376,6 +399,7 @@ class _Deformable(_Conv):
         return found.x + branch.x
 
     forward.__doc__, backward.__doc__ = _Conv.forward.__doc__, _Conv.backward.__doc__
+    branch.__doc__ = _Conv.branch.__doc__
 
     def _branch_window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, 1, 1
@@ -654,6 +678,5 @@ def _on_host(state: Mapping[str, Array]) -> dict[str, Array]:
     for key, value in state.items():
         if not isinstance(key, str):
             raise TypeError(f"state has the key {shown(key)}; wanted strings")
-        taken = kind_of(value=value).take(key, value)
-        arrays[key] = numpy.asarray(taken if isinstance(taken, numpy.ndarray) else taken.get(), order="C")
+        arrays[key] = numpy.asarray(on_host(key, value), order="C")
     return arrays

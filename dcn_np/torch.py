@@ -422,14 +422,20 @@ class _DeformConv(nn.Module):
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
 
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the offsets and masks that the module makes of `x` to sample it by; masks if modulated."""
+        made: Tensor = self.conv_offset(x)
+        if not self.modulated:
+            return made, None
+        offsets = self.offset_groups * self.taps * self.ndim
+        mask = torch.sigmoid(made[:, offsets:])
+        if self.mask_activation != "sigmoid":
+            mask = mask * MASK_FACTORS[self.mask_activation]
+        return made[:, :offsets], mask
+
     def forward(self, x: Tensor) -> Tensor:
         """Make offsets and masks from `x` and convolve it with them."""
-        offset, mask = self.conv_offset(x), None
-        if self.modulated:
-            offsets = self.offset_groups * self.taps * self.ndim
-            offset, mask = offset[:, :offsets], torch.sigmoid(offset[:, offsets:])
-            if self.mask_activation != "sigmoid":
-                mask = mask * MASK_FACTORS[self.mask_activation]
+        offset, mask = self.branch(x)
         return modulated_deform_conv(
             x,
             offset,

@@ -16,7 +16,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 6;  // 6 x 2 accumulators of 16 registers
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 6;  // 6 x 2 accumulators, 12
+constexpr int kTileRows = 6;  // 6 x 2 accumulators and 12 of factors, of 32 registers
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 6;

@@ -304,10 +304,11 @@ def test_an_unknown_command_is_a_usage_error(arguments):
 # the README
 
 
-def test_the_first_result_of_the_readme(capsys):
+@pytest.mark.parametrize("section", ["First result", "What a network sees"])
+def test_an_example_of_the_readme_prints_what_it_says(section, capsys):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     code, printed = re.search(
-        r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", readme, re.DOTALL
+        rf"## {section}\n.*?```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", readme, re.DOTALL
     ).groups()
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == printed

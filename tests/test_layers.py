@@ -44,6 +44,24 @@ MAY_IMPORT = {
     "_layer": {"arrays", "backends", "checkpoints", "messages"},
     "_roi_layers": {"_layer", "arrays", "backends", "checkpoints", "geometry", "roi_geometry", "roi_pool"},
     "layers": {"_layer", "_roi_layers", "arrays", "checkpoints", "deform_conv", "geometry", "messages"},
+    "analysis": {
+        *("analysis.nodes", "analysis.offset_statistics", "analysis.receptive_field", "analysis.saliency"),
+        *("analysis.sampling", "analysis.strength"),
+    },
+    "analysis.arguments": {"arrays", "messages"},
+    "analysis.nodes": {
+        *("analysis.arguments", "analysis.sampling", "analysis.strength", "arrays", "feature_mimic"),
+        *("geometry", "messages"),
+    },
+    "analysis.offset_statistics": {"analysis.sampling", "messages"},
+    "analysis.receptive_field": {"analysis.arguments", "messages"},
+    "analysis.saliency": {"analysis.arguments", "geometry", "messages"},
+    "analysis.sampling": {"arrays", "backends", "geometry", "messages"},
+    "analysis.strength": {
+        *("analysis.arguments", "arrays", "backends", "deform_conv", "docstrings", "geometry"),
+        *("roi_geometry", "roi_pool"),
+    },
+    "analysis.torch": {"analysis.nodes", "analysis.sampling", "analysis.strength", "arrays", "messages"},
     "pth": {"messages"},
     "cgroup": set(),
     "torch": {
@@ -77,6 +95,7 @@ ADAPTERS = {
     "_torch_operators",
     "_torch_regions",
     "_torch_roi_layers",
+    "analysis.torch",
     "dask",
     "jax",
     "onnx",
@@ -93,6 +112,7 @@ MAY_ALSO_REQUIRE = {
     "_torch_operators": {"torch"},
     "_torch_regions": {"torch"},
     "_torch_roi_layers": {"torch"},
+    "analysis.torch": {"torch"},
     "onnx": {"onnx", "onnxscript", "torch"},
     "paddle": {"paddle"},
     "tensorflow": {"tensorflow"},
@@ -169,6 +189,7 @@ OPERATOR_MODULES = {"deform_conv", "feature_mimic", "roi_pool"}
 
 def test_the_allowed_imports_have_no_cycle_between_operators_and_what_they_stand_on():
     above = OPERATOR_MODULES | {"_roi_layers", "layers", "dcn_np"}
+    above |= {name for name in MAY_IMPORT if name.startswith("analysis")}
     below = set(MAY_IMPORT) - above - ADAPTERS
     assert not [name for name in below if above & MAY_IMPORT[name]]
 
