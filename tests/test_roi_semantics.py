@@ -5,7 +5,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from problems import HALVES, implementation
+from problems import HALVES, IMPLEMENTATIONS, implementation
 from roi_problems import OPERATORS, assert_right, random_roi_problem
 from test_fuzz import same_bits
 from test_halves import assert_rounded
@@ -16,7 +16,7 @@ from dcn_np import reference
 DEFORMABLE = ("deform_roi_pool", "modulated_deform_roi_pool")
 
 
-@pytest.fixture(params=("reference", *dcn_np.available_isas()))
+@pytest.fixture(params=IMPLEMENTATIONS)
 def module(request):
     with implementation(request.param) as module:
         yield module
