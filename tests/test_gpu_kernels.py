@@ -240,7 +240,7 @@ def test_the_tests_for_a_gpu_run():
     """A rehearsal of `make test-gpu`, of a few cases of each kind; what needs a GPU is skipped."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     done = subprocess.run(
-        [*command, "-k", "groups[0] or halves or hundred or 3x3 or test_device"],
+        [*command, "-k", "groups[0] or regions[0 or halves or hundred or 3x3 or region[roi_align or test_device"],
         env=environment(DCN_NP_TEST_GPU="emulated"),
         cwd=emulated.ROOT,
         capture_output=True,

@@ -156,39 +156,43 @@ NO_REGIONS = {
 }
 
 
+def problem_with(region, operator):
+    """Three regions, of which the second is the given one and the others are as they should be."""
+    rng = np.random.default_rng(5)
+    sizes = {"output_size": (2, 3), "spatial_scale": 2.0}
+    psroi = operator == "deform_psroi_pool"
+    return random_roi_problem(0, operator).replace(
+        x=rng.standard_normal((2, 3, 6, 7)),
+        rois=np.array([GOOD, region, GOOD], np.float64),
+        offset=None if operator == "roi_align" else rng.standard_normal((3, 2, 2, 3)),
+        mask=rng.random((3, 1, 2, 3)) if operator == "modulated_deform_roi_pool" else None,
+        grad_output=rng.standard_normal((3, 3, 2, 3)),
+        sizes=sizes | ({"output_dim": 3, "group_size": 1} if psroi else {"sampling_ratio": 2}),
+    )
+
+
+def check_that_it_is_none(module, operator, region):
+    """A region that is none gives NaN, adds nothing to grad_x, and leaves the other regions alone."""
+    problem = problem_with(region, operator)
+    arrays = {name: getattr(problem, name) for name in problem.ARRAYS[1:]}
+    good = problem.replace(**{name: None if a is None else a[::2] for name, a in arrays.items()})
+    y, gradients = problem.forward(module), problem.backward(module)
+    wanted_y, wanted = good.forward(module), good.backward(module)
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(wanted_y).all()
+    assert np.array_equal(y[::2], wanted_y)
+    assert gradients.x.any()
+    np.testing.assert_allclose(gradients.x, wanted.x, atol=1e-12)
+    for name in problem.differentiable[1:]:
+        gradient = getattr(gradients, name)
+        assert np.isnan(gradient[1]).all()
+        assert np.array_equal(gradient[::2], getattr(wanted, name))
+
+
 @pytest.mark.parametrize("wrong", NO_REGIONS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_is_no_region_is_nan_and_touches_nothing(operator, wrong):
-    problem = random_roi_problem([3, 2], operator, np.float64, channels=3)
-    rng = np.random.default_rng(5)
-    psroi = operator == "deform_psroi_pool"
-    sizes = {"output_size": (2, 3), "spatial_scale": 2.0}
-    sizes |= {"output_dim": 3, "group_size": 1} if psroi else {"sampling_ratio": 2}
-    given = {
-        "x": rng.standard_normal((2, 3, 6, 7)),
-        "rois": np.array([GOOD, NO_REGIONS[wrong], GOOD], np.float64),
-        "offset": None if operator == "roi_align" else rng.standard_normal((3, 2, 2, 3)),
-        "mask": rng.random((3, 1, 2, 3)) if operator == "modulated_deform_roi_pool" else None,
-        "grad_output": rng.standard_normal((3, 3, 2, 3)),
-    }
-    problem = problem.replace(sizes=sizes, **given)
-    y, *gradients = results(problem)
-    assert np.isnan(y[1]).all()
-    good = problem.replace(
-        **{n: None if getattr(problem, n) is None else getattr(problem, n)[::2] for n in problem.ARRAYS[1:]}
-    )
-    wanted_y, *wanted = results(good)
-    assert np.isfinite(wanted_y).all()
-    assert same_bits(np.ascontiguousarray(y[::2]), wanted_y)
-    for name, gradient, want in zip(NAMES, gradients, wanted, strict=True):
-        if gradient is None:
-            continue
-        if name == "x":
-            assert gradient.any()
-            assert same_bits(gradient, want)
-        else:
-            assert np.isnan(gradient[1]).all()
-            assert same_bits(np.ascontiguousarray(gradient[::2]), want)
+    check_that_it_is_none(emulated_gpu, operator, NO_REGIONS[wrong])
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -279,3 +283,11 @@ def test_bfloat16_is_taken():
     y = emulated_gpu.roi_align(x, np.array([[0, 2, 2, 9, 9]], np.float32), 2)
     assert y.dtype == x.dtype
     assert (y.astype(np.float32) == 1).all()
+
+
+def test_the_loss_is_refused():
+    arrays = [emulated_gpu.on_gpu(np.ones((2, 3), np.float32)) for _ in range(2)]
+    with pytest.raises(TypeError, match="rcnn_features is an array on a GPU; the feature mimicking loss"):
+        dcn_np.feature_mimic_loss(*arrays)
+    with pytest.raises(TypeError, match="rcnn_features is an array on a GPU; the feature mimicking loss"):
+        dcn_np.feature_mimic_loss_backward(1.0, *arrays)

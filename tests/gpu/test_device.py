@@ -244,6 +244,9 @@ import numpy as np
 cupy.cuda.set_allocator(None)  # every array its own allocation: a step outside is seen
 from test_gpu_fused import CASES, problem_of
 from problems import random_problem
+from roi_problems import OPERATORS, random_roi_problem
+from test_gpu_regions import NO_REGIONS, problem_with
+import dcn_np
 import test_device
 
 def run(problem):
@@ -256,6 +259,11 @@ for seed in range({cases}):
 for dtype in ("float16", "float32"):
     for name in list(CASES)[:: {step}]:
         run(problem_of(name, 1, np.dtype(dtype)))
+for operator in OPERATORS:
+    wrong = [problem_with(region, operator) for region in NO_REGIONS.values()]
+    for problem in [random_roi_problem(3, operator), *wrong]:
+        problem = problem.map_arrays(cupy.asarray)
+        problem.forward(dcn_np), problem.backward(dcn_np)
 cupy.cuda.Device().synchronize()
 print("right")
 """
