@@ -3,7 +3,7 @@
 
 #include "platform.hpp"
 
-namespace dcn {
+namespace DCN_NAMESPACE {
 
 // 64-bit divisions take several times as long as 32-bit ones, and are rarely needed.
 DCN_INLINE int64_t quotient(int64_t dividend, int64_t divisor) {
@@ -33,4 +33,4 @@ DCN_INLINE int64_t take(int64_t& block, int64_t extent) {
   return index;
 }
 
-}  // namespace dcn
+}  // namespace DCN_NAMESPACE

@@ -5,6 +5,7 @@
 // every instruction set, the reference among them, decides alike on which side of a border a sample lies.
 #pragma once
 
+#include "integers.hpp"
 #include "roi_geometry.hpp"
 
 namespace DCN_NAMESPACE {
@@ -133,7 +134,7 @@ DCN_INLINE RoISpan roi_span(const RoIAxis& axis, double base) {
 // The cell of a grid of rows and columns, numbered row by row, that a bin belongs to.
 DCN_INLINE int64_t cell_of_bin(const RoIGeometry& geometry, int64_t row, int64_t column, int64_t rows,
                                int64_t columns) {
-  return row * rows / geometry.output[0] * columns + column * columns / geometry.output[1];
+  return quotient(row * rows, geometry.output[0]) * columns + quotient(column * columns, geometry.output[1]);
 }
 
 struct Range {
@@ -142,7 +143,7 @@ struct Range {
 
 // The bins along an axis that `part` of `parts` has, where bin i belongs to part floor(i * parts / bins).
 DCN_INLINE Range bins_of_part(int64_t part, int64_t parts, int64_t bins) {
-  return {(part * bins + parts - 1) / parts, ((part + 1) * bins + parts - 1) / parts};
+  return {ceiling(part * bins, parts), ceiling((part + 1) * bins, parts)};
 }
 
 }  // namespace DCN_NAMESPACE
