@@ -239,8 +239,9 @@ def test_types_have_the_names_of_dtypes():
 def test_the_tests_for_a_gpu_run():
     """A rehearsal of `make test-gpu`, of a few cases of each kind; what needs a GPU is skipped."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    some = "groups[0] or regions[0 or halves or hundred or 3x3 or region[roi_align or test_device"
     done = subprocess.run(
-        [*command, "-k", "groups[0] or regions[0 or halves or hundred or 3x3 or region[roi_align or test_device"],
+        [*command, "-k", some],
         env=environment(DCN_NP_TEST_GPU="emulated"),
         cwd=emulated.ROOT,
         capture_output=True,

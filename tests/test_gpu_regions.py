@@ -79,7 +79,7 @@ def test_halves_are_rounded_once(operator, wide, dtype):
 
 
 def large_problem(operator, dtype=np.float32):
-    """Bins of several blocks of pixels, channels of several blocks of a warp, regions of several launches."""
+    """Bins of several blocks of pixels, and classes of several blocks of channels."""
     rng = np.random.default_rng(6)
     psroi = operator == "deform_psroi_pool"
     channels = 280 if psroi else 140
@@ -89,7 +89,7 @@ def large_problem(operator, dtype=np.float32):
     given = {
         "x": rng.standard_normal((2, channels, 39, 45)),
         "rois": np.concatenate([[[1], [0], [1]], corners], axis=1),
-        "offset": None if operator == "roi_align" else rng.standard_normal((3, 2, 2, 1)),
+        "offset": None if operator == "roi_align" else rng.standard_normal((3, 4 if psroi else 2, 2, 1)),
         "mask": rng.random((3, 1, 2, 1)) if operator == "modulated_deform_roi_pool" else None,
         "grad_output": rng.standard_normal((3, 280 if psroi else 140, 2, 1)),
     }
@@ -233,7 +233,9 @@ def test_results_follow_the_memory_order_of_inputs(order):
         assert array.transpose(order).flags.c_contiguous
 
 
-def test_channels_last_maps_are_read_in_place(monkeypatch):
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched."""
     launched = []
     launch = emulated_gpu.Function.__call__
 
@@ -242,6 +244,10 @@ def test_channels_last_maps_are_read_in_place(monkeypatch):
         launch(function, *arguments, **keywords)
 
     monkeypatch.setattr(emulated_gpu.Function, "__call__", counted)
+    return launched
+
+
+def test_channels_last_maps_are_read_in_place(launched):
     problem = large_problem("deform_roi_pool")
     last = problem.map_arrays(lambda array: in_order(array, (0, 2, 3, 1)) if array.ndim == 4 else array)
     results(last)
@@ -249,6 +255,16 @@ def test_channels_last_maps_are_read_in_place(monkeypatch):
     launched.clear()
     results(problem)
     assert launched == ["copy", "average_bins", "copy", "scatter_bins", "copy_sums", "copy", "sum_parts"]
+
+
+def test_without_regions_the_maps_are_not_read(launched):
+    problem = large_problem("modulated_deform_roi_pool")
+    arrays = {name: getattr(problem, name)[:0] for name in problem.ARRAYS[1:]}
+    y, grad_x, *others = results(problem.replace(**arrays))
+    assert launched == ["copy_sums"]
+    assert y.shape == arrays["grad_output"].shape
+    assert not grad_x.any()
+    assert [array.shape for array in others] == [arrays["offset"].shape, arrays["mask"].shape]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -20,6 +20,8 @@ _BINS, _BYTES = 8, 512
 def roi_pool(device: Device, geometry: RoIGeometry, x: Any, rois: Any, offset: Any, mask: Any) -> Any:
     """Compute the average of every bin into a new array in x's memory order."""
     out = device.empty_like(x, geometry.output_shape)
+    if not math.prod(geometry.output_shape):
+        return out
     work = _Work(device, geometry, rois, offset, mask)
     work.over_bins("average_bins", x=work.channels_last(work.in_slices(x)), output=out)
     return out
@@ -51,7 +53,7 @@ def roi_pool_backward(
         work.over_bins("scatter_bins", output=grads, grad_x=sums)
         if sums is not result:
             work.copy("copy_sums", sums, result)
-    if needs & {"offset", "mask"}:
+    if geometry.rois and needs & {"offset", "mask"}:
         last = work.channels_last(work.in_slices(x))
         work.over_parts(x=last, output=grads, grad_offset=gradients.offset, grad_mask=gradients.mask)
     return gradients

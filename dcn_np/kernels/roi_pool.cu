@@ -114,8 +114,7 @@ struct Bin {
     slice = cell_of_bin(geometry, row, column, geometry.group, geometry.group);
     axis[0].count = axis[1].count = 0;
     is_nan = !find_region(a);
-    const bool sampled = axis[0].axis.samples > 0 && axis[1].axis.samples > 0;
-    if (is_nan || !sampled) return;
+    if (is_nan || !(axis[0].axis.samples > 0 && axis[1].axis.samples > 0)) return;
     const double y = offset(a, class_id, 1), x = offset(a, class_id, 0);
     is_nan = y != y || x != x;
     if (is_nan) return;
@@ -191,6 +190,7 @@ struct Channels {
   int64_t first;  // of the outputs
   int count;      // from `first` on
 
+  Channels() = default;
   DCN_INLINE Channels(const RoIGeometry& geometry, int64_t class_id, int64_t from) {
     const int64_t outputs = quotient(geometry.outputs, geometry.classes);
     first = class_id * outputs + from;
@@ -258,7 +258,7 @@ struct Tile {
   Channels channels;
   int64_t first;  // bin
 
-  DCN_INLINE Tile(const RoIArguments& a, int64_t block) : channels(a.geometry, 0, 0) {
+  DCN_INLINE Tile(const RoIArguments& a, int64_t block) {
     const RoIGeometry& geometry = a.geometry;
     const int64_t outputs = quotient(geometry.outputs, geometry.classes);
     const int64_t from = take(block, ceiling(outputs, kChannels)) * kChannels;
@@ -350,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) average_bins(const RoI
   }
   barrier();
   // Side by side, whichever axis that is.
-  const bool along_channels = size(a.output.channel) < size(a.output.axis[1]);
+  const bool along_channels = size(a.output.channel) <= size(a.output.axis[1]);
   for (int i = thread; i < kBins * kChannels; i += kThreads) {
     const int b = along_channels ? i / kChannels : i % kBins, c = along_channels ? i % kChannels : i / kBins;
     if (b >= count || c >= tile.channels.count) continue;
@@ -372,21 +372,21 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) scatter_bins(const RoI
   R grads[kPerThread] = {};
   tile.channels.for_each(
       [&](int i, int64_t channel) { grads[i] = grad_at(a, bin, channel) * (bin.inverse * bin.mask); });
-  for_each_block_of_pixels(bin, lines[warp],
-                           [&](int64_t first_row, int rows, int64_t first_column, int columns) {
-                             for (int r = 0; r < rows; ++r) {
-                               const R weight = lines[warp].row[r].weight;
-                               if (weight == 0) continue;
-                               char* pixel = pixel_at(a.grad_x, bin, first_row + r, first_column);
-                               for (int c = 0; c < columns; ++c, pixel += a.grad_x.axis[2]) {
-                                 const R factor = weight * lines[warp].column[c].weight;
-                                 if (lines[warp].column[c].weight == 0) continue;
-                                 tile.channels.for_each([&](int i, int64_t channel) {
-                                   add_in_memory(reinterpret_cast<R*>(pixel) + channel, grads[i] * factor);
-                                 });
-                               }
-                             }
-                           });
+  const auto scatter = [&](int64_t first_row, int rows, int64_t first_column, int columns) {
+    for (int r = 0; r < rows; ++r) {
+      const R row = lines[warp].row[r].weight;
+      if (row == 0) continue;
+      char* pixel = pixel_at(a.grad_x, bin, first_row + r, first_column);
+      for (int c = 0; c < columns; ++c, pixel += a.grad_x.axis[2]) {
+        const R column = lines[warp].column[c].weight;
+        if (column == 0) continue;
+        tile.channels.for_each([&](int i, int64_t channel) {
+          add_in_memory(reinterpret_cast<R*>(pixel) + channel, grads[i] * (row * column));
+        });
+      }
+    }
+  };
+  for_each_block_of_pixels(bin, lines[warp], scatter);
 }
 
 // Blocks: tiles of kBins parts, numbered through classes and regions.
@@ -399,6 +399,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sum_parts(const RoIArg
   const int count = static_cast<int>(least(kBins, a.first + a.count - first));
   const int64_t most =
       ceiling(geometry.output[0], geometry.part[0]) * ceiling(geometry.output[1], geometry.part[1]);
+  const Part mine(geometry, first + warp);
   R y = 0, x = 0;
   for (int64_t step = 0; step < most; ++step) {
     barrier();
@@ -407,18 +408,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sum_parts(const RoIArg
       if (step < part.bins()) part.locate(a, step, bins[thread]);
     }
     barrier();
-    if (warp >= count || step >= Part(geometry, first + warp).bins()) continue;
-    const BinGradients grads =
-        bin_gradients(a, bins[warp], Part(geometry, first + warp).class_id, lines[warp]);
+    if (warp >= count || step >= mine.bins()) continue;
+    const BinGradients grads = bin_gradients(a, bins[warp], mine.class_id, lines[warp]);
     y += grads.y, x += grads.x;
     if (a.grad_mask.data && lane() == 0)
       put_number(place(a.grad_mask, bins[warp].roi, 0, bins[warp].row, bins[warp].column), a.float_positions,
                  grads.mask);
   }
   if (warp >= count || lane() > 0 || !a.grad_offset.data) return;
-  const Part part(geometry, first + warp);
-  put_number(place(a.grad_offset, part.roi, 2 * part.class_id, part.row, part.column), a.float_positions, x);
-  put_number(place(a.grad_offset, part.roi, 2 * part.class_id + 1, part.row, part.column), a.float_positions,
+  put_number(place(a.grad_offset, mine.roi, 2 * mine.class_id, mine.row, mine.column), a.float_positions, x);
+  put_number(place(a.grad_offset, mine.roi, 2 * mine.class_id + 1, mine.row, mine.column), a.float_positions,
              y);
 }
 
