@@ -1,7 +1,7 @@
 """The CuPy backend: arrays on a CUDA device, computed there, on the caller's current stream.
 
     deform_conv, deform_conv_backward ─► engine     which kernels, in which order
-    roi_pool, roi_pool_backward ───────► regions
+    roi_pool, roi_pool_backward ───────► regions    the same for pooling over regions
                                       └► device ─► modules ─► nvrtc     who runs and compiles them
 
 Only `device` imports CuPy, when the first array comes.

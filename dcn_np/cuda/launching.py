@@ -25,14 +25,13 @@ ARRAY_DTYPE = numpy.dtype(
         ("axis", numpy.int64, (max(RANKS),)),
     ]
 )
+_ARRAYS = ("x", "grad_x", "offset", "mask", "output", "grad_offset", "grad_mask")
+_ROI_ARRAYS = (*_ARRAYS, "rois")
 _POINTERS = ("bias", "weight", "between")
 ARGUMENTS_DTYPE = numpy.dtype(
     [
         ("geometry", GEOMETRY_DTYPE),
-        *(
-            (name, ARRAY_DTYPE)
-            for name in ("x", "grad_x", "offset", "mask", "output", "grad_offset", "grad_mask")
-        ),
+        *((name, ARRAY_DTYPE) for name in _ARRAYS),
         *((name, numpy.uint64) for name in _POINTERS),
         *((name, numpy.int64) for name in ("first", "count", "parts")),
     ]
@@ -40,10 +39,7 @@ ARGUMENTS_DTYPE = numpy.dtype(
 ROI_ARGUMENTS_DTYPE = numpy.dtype(
     [
         ("geometry", ROI_GEOMETRY_DTYPE),
-        *(
-            (name, ARRAY_DTYPE)
-            for name in ("x", "grad_x", "rois", "offset", "mask", "output", "grad_offset", "grad_mask")
-        ),
+        *((name, ARRAY_DTYPE) for name in _ROI_ARRAYS),
         *((name, numpy.int64) for name in ("first", "count", "float_rois", "float_positions")),
     ]
 )
@@ -148,7 +144,7 @@ def arguments(device: Device, geometry: numpy.ndarray[Any, Any], **fields: Any) 
     for name, value in fields.items():
         if value is None:
             continue
-        if record.dtype[name] == ARRAY_DTYPE:
+        if name in _ROI_ARRAYS:
             place(record[name][0], device.pointer(value), value.strides)
         else:
             record[name] = device.pointer(value) if name in _POINTERS else value

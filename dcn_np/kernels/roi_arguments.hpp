@@ -13,7 +13,7 @@ struct RoIArguments {
   // ... of an image.
   Array x, grad_x;
   // As the caller laid them out. `output` is y or, its channels side by side, grad_output.
-  Array rois, offset, mask, output, grad_offset, grad_mask;
+  Array offset, mask, output, grad_offset, grad_mask, rois;
   // What this launch works on, numbered through all regions: bins or, for the gradients of offsets and masks,
   // parts.
   int64_t first, count;
