@@ -100,6 +100,18 @@ def test_a_pixel_beside_a_whole_coordinate_does_not_leak(module):
     assert np.isnan(gradients.offset).all()  # the derivative to the right sees them
 
 
+@pytest.mark.parametrize("axis", [0, 1], ids=["below", "right"])
+def test_each_derivative_sees_the_pixels_of_its_axis(module, axis):
+    """The sample lies at pixel (1, 1) exactly, and the next one along an axis is infinite."""
+    x = np.zeros((1, 1, 5, 5))
+    x[0, 0, 1, 1], x[0, 0, 2, 2] = 7, np.nan
+    x[0, 0, 1 + (axis == 0), 1 + (axis == 1)] = np.inf
+    y, gradients = both(module, *one_bin((1, 1, 2, 2), x=x, mask=1), sampling_ratio=1, gamma=1)
+    assert y == gradients.mask == 7
+    by_x, by_y = gradients.offset.ravel()
+    assert (by_y, by_x) == ((np.inf, -7) if axis == 0 else (-7, np.inf))
+
+
 def test_clamped_samples_do_not_see_the_next_pixel(module):
     """In the band above the map: along y the derivative is 0, whatever row 1 holds."""
     x = np.zeros((1, 1, 5, 5))
