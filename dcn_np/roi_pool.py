@@ -97,8 +97,7 @@ docs/semantics.md.""",
     "gradient_rule": """
 Each sample gives grad_output * mask / count to the pixels it interpolates, and its derivative to `offset`:
 that of the cell to the right at whole coordinates, and 0 where the point was clamped. Gradients are exact in
-the bands at the border too. On a GPU the additions to the gradient of `x` have no order: its last bits differ
-from run to run.""",
+the bands at the border too.""",
     "dai": """
 .. [1] Dai et al., "Deformable Convolutional Networks", 2017, arXiv:1703.06211, section 2.2.""",
     "zhu": """

@@ -28,6 +28,7 @@ ARRAY_DTYPE = numpy.dtype(
 _ARRAYS = ("x", "grad_x", "offset", "mask", "output", "grad_offset", "grad_mask")
 _ROI_ARRAYS = (*_ARRAYS, "rois")
 _POINTERS = ("bias", "weight", "between")
+_ROI_POINTERS = ("bins", "boxes")
 ARGUMENTS_DTYPE = numpy.dtype(
     [
         ("geometry", GEOMETRY_DTYPE),
@@ -40,6 +41,7 @@ ROI_ARGUMENTS_DTYPE = numpy.dtype(
     [
         ("geometry", ROI_GEOMETRY_DTYPE),
         *((name, ARRAY_DTYPE) for name in _ROI_ARRAYS),
+        *((name, numpy.uint64) for name in _ROI_POINTERS),
         *((name, numpy.int64) for name in ("first", "count", "float_rois", "float_positions")),
     ]
 )
@@ -147,7 +149,7 @@ def arguments(device: Device, geometry: numpy.ndarray[Any, Any], **fields: Any) 
         if name in _ROI_ARRAYS:
             place(record[name][0], device.pointer(value), value.strides)
         else:
-            record[name] = device.pointer(value) if name in _POINTERS else value
+            record[name] = device.pointer(value) if name in _POINTERS + _ROI_POINTERS else value
     return record
 
 

@@ -16,6 +16,12 @@ from .modules import roi_pool as kernels
 # Bins, and parts, of a block of roi_pool.cu; bytes of the sums of a warp, one for each channel.
 _BINS, _BYTES = 8, 512
 
+# The side of a tile of pixels; threads of a block.
+_SIDE, _THREADS, _LOCATORS = 8, 256, 64
+
+# Of what is kept of a bin and of a region for grad_x; and of all of that at a time.
+_BIN_BYTES, _BOX_BYTES, _KEPT_BYTES = 288, 40, 2**28
+
 
 def roi_pool(device: Device, geometry: RoIGeometry, x: Any, rois: Any, offset: Any, mask: Any) -> Any:
     """Compute the average of every bin into a new array in x's memory order."""
@@ -23,7 +29,7 @@ def roi_pool(device: Device, geometry: RoIGeometry, x: Any, rois: Any, offset: A
     if not math.prod(geometry.output_shape):
         return out
     work = _Work(device, geometry, rois, offset, mask)
-    work.over_bins("average_bins", x=work.channels_last(work.in_slices(x)), output=out)
+    work.average_bins(x=work.channels_last(work.in_slices(x)), output=out)
     return out
 
 
@@ -50,12 +56,12 @@ def roi_pool_backward(
         result = work.in_slices(gradients.x)
         sums = work.sums_of(result)
         device.fill_with_zeros(sums)
-        work.over_bins("scatter_bins", output=grads, grad_x=sums)
+        work.sum_tiles(grads, sums)
         if sums is not result:
             work.copy("copy_sums", sums, result)
     if geometry.rois and needs & {"offset", "mask"}:
         last = work.channels_last(work.in_slices(x))
-        work.over_parts(x=last, output=grads, grad_offset=gradients.offset, grad_mask=gradients.mask)
+        work.sum_parts(x=last, output=grads, grad_offset=gradients.offset, grad_mask=gradients.mask)
     return gradients
 
 
@@ -79,25 +85,45 @@ class _Work(Copying):
         geometry = self.geometry
         return images.reshape(geometry.batch, geometry.outputs, geometry.group**2, *geometry.input)
 
-    def over_bins(self, kernel: str, **fields: Any) -> None:
-        """Launch a kernel over the bins of all regions, for each block of channels of each class."""
+    def average_bins(self, **fields: Any) -> None:
+        """Average the bins of all regions, for each block of channels."""
         geometry = self.geometry
-        channels = _BYTES // self.sum_dtype.itemsize
-        blocks = geometry.classes * -(-(geometry.outputs // geometry.classes) // channels)
-        self._over(kernel, blocks, geometry.rois * math.prod(geometry.output), fields)
+        self._over("average_bins", self._channel_blocks(), geometry.rois * math.prod(geometry.output), fields)
 
-    def over_parts(self, **fields: Any) -> None:
+    def sum_tiles(self, grads: Any, sums: Any) -> None:
+        """Add the gradients of all bins to `sums`: to each pixel in the order of regions and bins."""
+        geometry = self.geometry
+        bins = geometry.classes * math.prod(geometry.output)
+        at_once = max(1, min(geometry.rois, _KEPT_BYTES // (bins * _BIN_BYTES)))
+        fields = {
+            "output": grads,
+            "grad_x": sums,
+            "bins": self.device.empty((at_once * bins * _BIN_BYTES // 8,), numpy.float64),
+            "boxes": self.device.empty((at_once * geometry.classes * _BOX_BYTES // 8,), numpy.float64),
+        }
+        tiles = geometry.batch * math.prod(-(-extent // _SIDE) for extent in geometry.input)
+        blocks = self._channel_blocks() * geometry.group**2 * tiles
+        for first, count in pieces(geometry.rois if blocks else 0, at_once):
+            numbers = {"first": first, "count": count}
+            self._launch("locate_bins", count * geometry.classes, _LOCATORS, fields | numbers)
+            self._launch("sum_tiles", blocks, _THREADS, fields | numbers)
+
+    def sum_parts(self, **fields: Any) -> None:
         """Sum the gradients of offsets and masks: in each part of a region, for each class."""
         geometry = self.geometry
         self._over("sum_parts", 1, geometry.rois * geometry.classes * math.prod(geometry.part), fields)
 
     def _over(self, kernel: str, blocks: int, total: int, fields: dict[str, Any]) -> None:
         """Launch a kernel with `blocks` for every _BINS items, a part of them where a grid has no room."""
-        launch = Launch(self.module, kernel, blocks, _BINS)
-        if not blocks:
-            return
         for first, count in pieces(total, max(1, MOST_BLOCKS // blocks) * _BINS):
-            record = arguments(
-                self.device, self.geometry.struct, first=first, count=count, **self.given, **fields
-            )
-            self.device.launch(launch, -(-count // _BINS) * blocks, record)
+            numbers = {"first": first, "count": count}
+            self._launch(kernel, -(-count // _BINS) * blocks, _THREADS, fields | numbers)
+
+    def _channel_blocks(self) -> int:
+        """Return how many blocks of channels there are, none of which is of two classes."""
+        classes, outputs = self.geometry.classes, self.geometry.outputs
+        return classes * -(-(outputs // classes) // (_BYTES // self.sum_dtype.itemsize))
+
+    def _launch(self, kernel: str, blocks: int, threads: int, fields: dict[str, Any]) -> None:
+        record = arguments(self.device, self.geometry.struct, **self.given, **fields)
+        self.device.launch(Launch(self.module, kernel, blocks, 1, threads), blocks, record)

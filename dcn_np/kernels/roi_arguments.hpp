@@ -14,8 +14,11 @@ struct RoIArguments {
   Array x, grad_x;
   // As the caller laid them out. `output` is y or, its channels side by side, grad_output.
   Array offset, mask, output, grad_offset, grad_mask, rois;
-  // What this launch works on, numbered through all regions: bins or, for the gradients of offsets and masks,
-  // parts.
+  // Between the two kernels that make grad_x.
+  void* bins;
+  void* boxes;
+  // What this launch works on: bins or, for the gradients of offsets and masks, parts, numbered through all
+  // regions; for grad_x, regions.
   int64_t first, count;
   // Whether regions, and offsets and masks, are float32; else they are what x is.
   int64_t float_rois, float_positions;

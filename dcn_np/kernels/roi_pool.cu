@@ -4,8 +4,9 @@
 // a few at a time; no value of a region or an offset makes a kernel read or write outside x.
 //
 //     average_bins  y
-//     scatter_bins  grad_x, by additions without an order between bins
 //     sum_parts     grad_offset and grad_mask
+//     locate_bins   bins and boxes of some regions, for
+//     sum_tiles     grad_x: a block owns some pixels, and adds what the bins give them in order
 //
 // An array whose data is null is not wanted. The grid has one axis; the numbers below count its blocks.
 #include "integers.hpp"
@@ -97,6 +98,26 @@ struct Line {
   }
 };
 
+// Pixels of an image: rows and columns from `first` to before `end`.
+struct Box {
+  int64_t image, first[2], end[2];
+
+  DCN_INLINE bool empty() const { return first[0] >= end[0] || first[1] >= end[1]; }
+  DCN_INLINE bool touches(const Box& other) const {
+    return image == other.image && first[0] < other.end[0] && other.first[0] < end[0] &&
+           first[1] < other.end[1] && other.first[1] < end[1];
+  }
+  DCN_INLINE void include(const Box& other) {
+    if (other.empty()) return;
+    const bool alone = empty();
+    image = other.image;
+    for (int i = 0; i < 2; ++i) {
+      first[i] = alone || other.first[i] < first[i] ? other.first[i] : first[i];
+      end[i] = alone || other.end[i] > end[i] ? other.end[i] : end[i];
+    }
+  }
+};
+
 // A bin of one region, for the channels of one class.
 struct Bin {
   AxisOfBin axis[2];  // y, x
@@ -126,6 +147,12 @@ struct Bin {
       slope[i] = static_cast<R>(geometry.offset_scale * axis[i].axis.size / samples);
     mask =
         a.mask.data ? static_cast<R>(number_at(place(a.mask, roi, 0, row, column), a.float_positions)) : R(1);
+  }
+  DCN_INLINE Box box() const {
+    if (axis[0].count < 1 || axis[1].count < 1) return {};
+    return {image,
+            {axis[0].first, axis[1].first},
+            {axis[0].first + axis[0].count, axis[1].first + axis[1].count}};
   }
 
  private:
@@ -205,8 +232,8 @@ struct Channels {
   }
 };
 
-DCN_INLINE char* pixel_at(const Array& images, const Bin& bin, int64_t row, int64_t column) {
-  return images.data + bin.image * images.batch + bin.slice * images.axis[0] + row * images.axis[1] +
+DCN_INLINE char* pixel_at(const Array& images, int64_t image, int64_t slice, int64_t row, int64_t column) {
+  return images.data + image * images.batch + slice * images.axis[0] + row * images.axis[1] +
          column * images.axis[2];
 }
 
@@ -222,7 +249,7 @@ DCN_INLINE bool sum_pixels(const RoIArguments& a, const Bin& bin, const Channels
     for (int r = 0; r < rows; ++r) {
       const Line row = lines.row[r];
       if (row.weight == 0 && (kSums == 1 || row.slope == 0)) continue;
-      const char* pixel = pixel_at(a.x, bin, first_row + r, first_column);
+      const char* pixel = pixel_at(a.x, bin.image, bin.slice, first_row + r, first_column);
       R weighed[kPerThread] = {}, moved[kPerThread] = {};
       for (int c = 0; c < columns; ++c, pixel += a.x.axis[2]) {
         const Line column = lines.column[c];
@@ -251,7 +278,7 @@ DCN_INLINE bool sum_pixels(const RoIArguments& a, const Bin& bin, const Channels
   return touches;
 }
 
-// Where a block of average_bins or scatter_bins stands: kBins bins, for a block of channels of a class.
+// Where a block of average_bins stands: kBins bins, for a block of channels of a class.
 // Blocks: channel tiles of a class, classes, tiles of bins.
 struct Tile {
   int64_t class_id;
@@ -360,35 +387,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) average_bins(const RoI
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 2) scatter_bins(const RoIArguments a) {
-  __shared__ Bin bins[kBins];
-  __shared__ Lines lines[kBins];
-  const Tile tile(a, blockIdx.x);
-  const int count = tile.bins(a), thread = threadIdx.x, warp = thread / kWarp;
-  if (thread < count) tile.locate(a, thread, bins[thread]);
-  barrier();
-  if (warp >= count) return;
-  const Bin& bin = bins[warp];
-  R grads[kPerThread] = {};
-  tile.channels.for_each(
-      [&](int i, int64_t channel) { grads[i] = grad_at(a, bin, channel) * (bin.inverse * bin.mask); });
-  const auto scatter = [&](int64_t first_row, int rows, int64_t first_column, int columns) {
-    for (int r = 0; r < rows; ++r) {
-      const R row = lines[warp].row[r].weight;
-      if (row == 0) continue;
-      char* pixel = pixel_at(a.grad_x, bin, first_row + r, first_column);
-      for (int c = 0; c < columns; ++c, pixel += a.grad_x.axis[2]) {
-        const R column = lines[warp].column[c].weight;
-        if (column == 0) continue;
-        tile.channels.for_each([&](int i, int64_t channel) {
-          add_in_memory(reinterpret_cast<R*>(pixel) + channel, grads[i] * (row * column));
-        });
-      }
-    }
-  };
-  for_each_block_of_pixels(bin, lines[warp], scatter);
-}
-
 // Blocks: tiles of kBins parts, numbered through classes and regions.
 extern "C" __global__ void __launch_bounds__(kThreads, 2) sum_parts(const RoIArguments a) {
   __shared__ Bin bins[kBins];
@@ -419,6 +417,155 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sum_parts(const RoIArg
   put_number(place(a.grad_offset, mine.roi, 2 * mine.class_id, mine.row, mine.column), a.float_positions, x);
   put_number(place(a.grad_offset, mine.roi, 2 * mine.class_id + 1, mine.row, mine.column), a.float_positions,
              y);
+}
+
+namespace {
+
+constexpr int kLocators = 64;
+constexpr int kBinBytes = 288, kBoxBytes = 40;
+constexpr int kSide = kBins;  // of a tile of pixels: a warp has a row
+constexpr int kBatch = 16;    // bins
+static_assert(sizeof(Bin) <= kBinBytes && kBinBytes % alignof(Bin) == 0, "each in a place of its own");
+static_assert(sizeof(Box) == kBoxBytes, "as dcn_np/cuda/regions.py has it");
+
+// Of the regions of this launch; `region` also counts classes.
+DCN_INLINE Bin& bin_at(const RoIArguments& a, int64_t region, int64_t bin) {
+  const int64_t number = region * (a.geometry.output[0] * a.geometry.output[1]) + bin;
+  return *reinterpret_cast<Bin*>(static_cast<char*>(a.bins) + number * kBinBytes);
+}
+DCN_INLINE Box& box_at(const RoIArguments& a, int64_t region) { return static_cast<Box*>(a.boxes)[region]; }
+
+// What a block of sum_tiles owns. Blocks: channel tiles of a class, classes, slices, columns, rows, images.
+struct PixelTile {
+  Channels channels;
+  int64_t class_id, slice;
+  Box box;
+
+  PixelTile() = default;
+  DCN_INLINE PixelTile(const RoIArguments& a, int64_t block) {
+    const RoIGeometry& geometry = a.geometry;
+    const int64_t outputs = quotient(geometry.outputs, geometry.classes);
+    const int64_t from = take(block, ceiling(outputs, kChannels)) * kChannels;
+    class_id = take(block, geometry.classes);
+    channels = Channels(geometry, class_id, from);
+    slice = take(block, geometry.group * geometry.group);
+    for (int i = 1; i >= 0; --i) {
+      box.first[i] = take(block, ceiling(geometry.input[i], kSide)) * kSide;
+      box.end[i] = least(box.first[i] + kSide, geometry.input[i]);
+    }
+    box.image = block;
+  }
+};
+
+// Calls body(number) for those of `count` numbers that pass a test, in their order. All threads of the block
+// take part.
+template <class Test, class Body>
+DCN_INLINE void for_each_hit(bool (&hits)[kThreads], int64_t count, const Test& test, const Body& body) {
+  for (int64_t first = 0; first < count; first += kThreads) {
+    barrier();
+    const int64_t mine = first + threadIdx.x;
+    hits[threadIdx.x] = mine < count && test(mine);
+    barrier();
+    for (int i = 0; i < kThreads; ++i)
+      if (hits[i]) body(first + i);
+  }
+}
+
+// The bins of which a tile adds up gradients, a few at a time.
+struct Batch {
+  const Bin* bin[kBatch];
+  R row[kBatch][kSide], column[kBatch][kSide];  // weights of the lines of the tile
+
+  // Finds the weights of `count` bins. All threads of the block take part.
+  DCN_INLINE void weigh(const Box& box, int count) {
+    for (int i = threadIdx.x; i < count * 2 * kSide; i += kThreads) {
+      const int b = i / (2 * kSide), axis = i / kSide % 2, line = i % kSide;
+      const int64_t index = box.first[axis] + line;
+      const R weight = index < box.end[axis] ? Line(bin[b]->axis[axis], index).weight : R(0);
+      (axis == 0 ? row : column)[b][line] = weight;
+    }
+  }
+  // Adds to the sums of this warp's row of pixels.
+  DCN_INLINE void add(const RoIArguments& a, const Channels& channels, int count,
+                      R (&sums)[kSide][kPerThread]) const {
+    const int mine = threadIdx.x / kWarp;
+    for (int b = 0; b < count; ++b) {
+      if (row[b][mine] == 0) continue;
+      R grads[kPerThread] = {};
+      channels.for_each([&](int i, int64_t channel) {
+        grads[i] = grad_at(a, *bin[b], channel) * (bin[b]->inverse * bin[b]->mask * row[b][mine]);
+      });
+#pragma unroll
+      for (int c = 0; c < kSide; ++c)
+        if (column[b][c] != 0)
+#pragma unroll
+          for (int i = 0; i < kPerThread; ++i) sums[c][i] += grads[i] * column[b][c];
+    }
+  }
+};
+
+}  // namespace
+
+// Blocks: classes, regions.
+extern "C" __global__ void __launch_bounds__(kLocators) locate_bins(const RoIArguments a) {
+  __shared__ Box boxes[kLocators];
+  const int64_t width = a.geometry.output[1], bins = a.geometry.output[0] * width;
+  int64_t region = blockIdx.x;
+  const int64_t class_id = take(region, a.geometry.classes);
+  Box& box = boxes[threadIdx.x];
+  box = {};
+  for (int64_t b = threadIdx.x; b < bins; b += kLocators) {
+    Bin& bin = bin_at(a, blockIdx.x, b);
+    const int64_t row = quotient(b, width);
+    bin.locate(a, a.first + region, row, b - row * width, class_id);
+    box.include(bin.box());
+  }
+  barrier();
+  if (threadIdx.x > 0) return;
+  for (int i = 1; i < kLocators; ++i) box.include(boxes[i]);
+  box_at(a, blockIdx.x) = box;
+}
+
+// Blocks: see PixelTile.
+extern "C" __global__ void __launch_bounds__(kThreads, 2) sum_tiles(const RoIArguments a) {
+  __shared__ bool regions[kThreads], bins[kThreads];
+  __shared__ Batch batch;
+  __shared__ PixelTile tile;
+  if (threadIdx.x == 0) tile = PixelTile(a, blockIdx.x);
+  barrier();
+  const int64_t bins_of_region = a.geometry.output[0] * a.geometry.output[1];
+  R sums[kSide][kPerThread] = {};
+  int waiting = 0;
+  bool any = false;
+  const auto add_batch = [&] {
+    barrier();
+    batch.weigh(tile.box, waiting);
+    barrier();
+    batch.add(a, tile.channels, waiting, sums);
+    barrier();
+    waiting = 0, any = true;
+  };
+  const auto number = [&](int64_t region) { return region * a.geometry.classes + tile.class_id; };
+  const auto touches_region = [&](int64_t region) { return box_at(a, number(region)).touches(tile.box); };
+  for_each_hit(regions, a.count, touches_region, [&](int64_t region) {
+    const auto touches_bin = [&](int64_t index) {
+      const Bin& bin = bin_at(a, number(region), index);
+      return bin.slice == tile.slice && bin.box().touches(tile.box);
+    };
+    for_each_hit(bins, bins_of_region, touches_bin, [&](int64_t index) {
+      if (threadIdx.x == 0) batch.bin[waiting] = &bin_at(a, number(region), index);
+      if (++waiting == kBatch) add_batch();
+    });
+  });
+  if (waiting > 0) add_batch();
+  const int64_t row = tile.box.first[0] + threadIdx.x / kWarp;
+  if (!any || row >= tile.box.end[0]) return;
+  for (int64_t column = tile.box.first[1]; column < tile.box.end[1]; ++column) {
+    char* pixel = pixel_at(a.grad_x, tile.box.image, tile.slice, row, column);
+    tile.channels.for_each([&](int i, int64_t channel) {
+      reinterpret_cast<R*>(pixel)[channel] += sums[column - tile.box.first[1]][i];
+    });
+  }
 }
 
 }  // namespace dcn
