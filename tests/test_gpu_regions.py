@@ -324,7 +324,8 @@ def test_as_many_bins_are_kept_as_there_is_room_for(monkeypatch, launched, opera
 
 
 def test_sizes_are_those_of_the_kernels():
-    text = (emulated_gpu.KERNELS / "roi_pool.cu").read_text()
+    files = [emulated_gpu.KERNELS / name for name in ("roi_bins.hpp", "roi_gradients.cu")]
+    text = "".join(file.read_text() for file in files)
     found = dict(re.findall(r"(k\w+) = (\d+)[,;]", text))
     assert int(found["kThreads"]) == regions._THREADS
     assert int(found["kLocators"]) == regions._LOCATORS

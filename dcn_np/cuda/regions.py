@@ -11,9 +11,11 @@ from ..backends import RoIGradients
 from ..roi_geometry import RoIGeometry
 from .copying import Copying, pieces
 from .launching import MOST_BLOCKS, Device, Launch, arguments
+from .modules import Module
+from .modules import roi_gradients as gradient_kernels
 from .modules import roi_pool as kernels
 
-# Bins, and parts, of a block of roi_pool.cu; bytes of the sums of a warp, one for each channel.
+# Bins of a block, or parts; bytes of the sums of a warp, one for each channel.
 _BINS, _BYTES = 8, 512
 
 # The side of a tile of pixels; threads of a block.
@@ -71,7 +73,7 @@ class _Work(Copying):
     def __init__(self, device: Device, geometry: RoIGeometry, rois: Any, offset: Any, mask: Any) -> None:
         super().__init__(device, geometry.dtype)
         self.geometry = geometry
-        self.module = kernels(geometry.dtype)
+        self.gradient_kernels = gradient_kernels(geometry.dtype)
         self.given = {
             "rois": rois,
             "offset": offset,
@@ -88,7 +90,8 @@ class _Work(Copying):
     def average_bins(self, **fields: Any) -> None:
         """Average the bins of all regions, for each block of channels."""
         geometry = self.geometry
-        self._over("average_bins", self._channel_blocks(), geometry.rois * math.prod(geometry.output), fields)
+        bins = geometry.rois * math.prod(geometry.output)
+        self._over(kernels(geometry.dtype), "average_bins", self._channel_blocks(), bins, fields)
 
     def sum_tiles(self, grads: Any, sums: Any) -> None:
         """Add the gradients of all bins to `sums`: to each pixel in the order of regions and bins."""
@@ -103,27 +106,29 @@ class _Work(Copying):
         }
         tiles = geometry.batch * math.prod(-(-extent // _SIDE) for extent in geometry.input)
         blocks = self._channel_blocks() * geometry.group**2 * tiles
+        module = self.gradient_kernels
         for first, count in pieces(geometry.rois if blocks else 0, at_once):
             numbers = {"first": first, "count": count}
-            self._launch("locate_bins", count * geometry.classes, _LOCATORS, fields | numbers)
-            self._launch("sum_tiles", blocks, _THREADS, fields | numbers)
+            self._launch(module, "locate_bins", count * geometry.classes, _LOCATORS, fields | numbers)
+            self._launch(module, "sum_tiles", blocks, _THREADS, fields | numbers)
 
     def sum_parts(self, **fields: Any) -> None:
         """Sum the gradients of offsets and masks: in each part of a region, for each class."""
         geometry = self.geometry
-        self._over("sum_parts", 1, geometry.rois * geometry.classes * math.prod(geometry.part), fields)
+        parts = geometry.rois * geometry.classes * math.prod(geometry.part)
+        self._over(self.gradient_kernels, "sum_parts", 1, parts, fields)
 
-    def _over(self, kernel: str, blocks: int, total: int, fields: dict[str, Any]) -> None:
+    def _over(self, module: Module, kernel: str, blocks: int, total: int, fields: dict[str, Any]) -> None:
         """Launch a kernel with `blocks` for every _BINS items, a part of them where a grid has no room."""
         for first, count in pieces(total, max(1, MOST_BLOCKS // blocks) * _BINS):
             numbers = {"first": first, "count": count}
-            self._launch(kernel, -(-count // _BINS) * blocks, _THREADS, fields | numbers)
+            self._launch(module, kernel, -(-count // _BINS) * blocks, _THREADS, fields | numbers)
 
     def _channel_blocks(self) -> int:
         """Return how many blocks of channels there are, none of which is of two classes."""
         classes, outputs = self.geometry.classes, self.geometry.outputs
         return classes * -(-(outputs // classes) // (_BYTES // self.sum_dtype.itemsize))
 
-    def _launch(self, kernel: str, blocks: int, threads: int, fields: dict[str, Any]) -> None:
+    def _launch(self, module: Module, kernel: str, blocks: int, threads: int, fields: dict[str, Any]) -> None:
         record = arguments(self.device, self.geometry.struct, **self.given, **fields)
-        self.device.launch(Launch(self.module, kernel, blocks, 1, threads), blocks, record)
+        self.device.launch(Launch(module, kernel, blocks, 1, threads), blocks, record)
