@@ -183,9 +183,8 @@ struct Batch {
   DCN_INLINE void weigh(const Box& box, int count) {
     for (int i = threadIdx.x; i < count * 2 * kSide; i += kThreads) {
       const int b = i / (2 * kSide), axis = i / kSide % 2, line = i % kSide;
-      const int64_t index = box.first[axis] + line;
-      const R weight = index < box.end[axis] ? Line(bin[b]->axis[axis], index).weight : R(0);
-      (axis == 0 ? row : column)[b][line] = weight;
+      // Past the last line of the image it is 0.
+      (axis == 0 ? row : column)[b][line] = Line(bin[b]->axis[axis], box.first[axis] + line).weight;
     }
   }
   // Adds to the sums of this warp's row of pixels.
