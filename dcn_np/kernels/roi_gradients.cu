@@ -157,6 +157,18 @@ struct PixelTile {
     }
     box.image = block;
   }
+  // Calls body(c, i, sum) for this thread's channels i of the pixels c of its warp's row.
+  template <class Body>
+  DCN_INLINE void for_each_pixel(const Array& images, const Body& body) const {
+    const int64_t row = box.first[0] + threadIdx.x / kWarp;
+    if (row >= box.end[0]) return;
+#pragma unroll
+    for (int c = 0; c < kSide; ++c) {
+      if (box.first[1] + c >= box.end[1]) break;
+      R* pixel = reinterpret_cast<R*>(pixel_at(images, box.image, slice, row, box.first[1] + c));
+      channels.for_each([&](int i, int64_t channel) { body(c, i, pixel[channel]); });
+    }
+  }
 };
 
 // Calls body(number) for those of `count` numbers that pass a test, in their order. All threads of the block
@@ -240,6 +252,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sum_tiles(const RoIArg
   int waiting = 0;
   bool any = false;
   const auto add_batch = [&] {
+    if (!any) tile.for_each_pixel(a.grad_x, [&](int c, int i, R& pixel) { sums[c][i] = pixel; });
     barrier();
     batch.weigh(tile.box, waiting);
     barrier();
@@ -260,14 +273,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 2) sum_tiles(const RoIArg
     });
   });
   if (waiting > 0) add_batch();
-  const int64_t row = tile.box.first[0] + threadIdx.x / kWarp;
-  if (!any || row >= tile.box.end[0]) return;
-  for (int64_t column = tile.box.first[1]; column < tile.box.end[1]; ++column) {
-    char* pixel = pixel_at(a.grad_x, tile.box.image, tile.slice, row, column);
-    tile.channels.for_each([&](int i, int64_t channel) {
-      reinterpret_cast<R*>(pixel)[channel] += sums[column - tile.box.first[1]][i];
-    });
-  }
+  if (any) tile.for_each_pixel(a.grad_x, [&](int c, int i, R& pixel) { pixel = sums[c][i]; });
 }
 
 }  // namespace dcn
