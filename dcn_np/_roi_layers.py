@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
-from ._layer import Layer, Seed, checked_activation, checked_dtype, logistic, positive
+from ._layer import Layer, Seed, checked_activation, checked_dtype, logistic, namespace, positive
 from .arrays import Array, kind_of
 from .backends import RoIGradients
 from .checkpoints import MASK_FACTORS
@@ -175,7 +175,7 @@ class _DeformRoIPool(Layer):
         x, rois = self._checked(x, rois)
         features = self._pool(x, rois, None, None).reshape(len(rois), self.in_channels * self._bins)
         passed = {branch: self._through(branch, features) for branch in self._branches}
-        made = numpy.concatenate([rows[-1] for rows in passed.values()], axis=1)
+        made = namespace(x).concatenate([rows[-1] for rows in passed.values()], axis=1)
         offset, mask = made[:, : 2 * self._bins].reshape(-1, 2, *self.output_size), None
         if self.mask_activation is not None:
             logits = made[:, 2 * self._bins :].reshape(-1, 1, *self.output_size)
@@ -218,7 +218,9 @@ class _DeformRoIPool(Layer):
         if self.mask_activation is not None:
             # With s the logistic function, mask = factor * s, and s' = s * (1 - s).
             grad_logits = found.mask * mask * (1 - mask / MASK_FACTORS[self.mask_activation])
-            grad_made = numpy.concatenate([grad_made, grad_logits.reshape(len(rois), self._bins)], axis=1)
+            grad_made = namespace(x).concatenate(
+                [grad_made, grad_logits.reshape(len(rois), self._bins)], axis=1
+            )
         grad_features = self._branches_backward(grad_made, passed)
         grad_pooled = grad_features.reshape(-1, self.in_channels, *self.output_size).astype(self.dtype)
         return found.x + self._pool_backward(grad_pooled, x, rois, None, None).x
@@ -233,14 +235,15 @@ class _DeformRoIPool(Layer):
         """Return what each layer of a branch takes, and last what the branch makes."""
         passed, rows = [], self._wide(features)
         for index, (weight, bias) in enumerate(self._branches[branch]):
-            passed.append(numpy.maximum(rows, 0) if index else rows)
+            passed.append(namespace(rows).maximum(rows, 0) if index else rows)
             rows = passed[-1] @ self._wide(getattr(self, weight)).T + self._wide(getattr(self, bias))
         return [*passed, rows]
 
     def _branches_backward(self, grad_made: Array, passed: Mapping[str, Sequence[Array]]) -> Array:
         """Set the gradients of all parameters, and return that of the features."""
         gradients: dict[str, Array] = {}
-        grad_features, begin = numpy.zeros_like(next(iter(passed.values()))[0]), 0
+        features = next(iter(passed.values()))[0]
+        grad_features, begin = namespace(features).zeros_like(features), 0
         for branch, rows in passed.items():
             end = begin + rows[-1].shape[1]
             grad_features += self._back_through(branch, rows, grad_made[:, begin:end], gradients)
@@ -256,7 +259,7 @@ class _DeformRoIPool(Layer):
             gradients[weight], gradients[bias] = grad_rows.T @ passed[index], grad_rows.sum(axis=0)
             grad_rows = grad_rows @ self._wide(getattr(self, weight))
             if index:
-                grad_rows = numpy.where(passed[index] > 0, grad_rows, 0)
+                grad_rows = namespace(grad_rows).where(passed[index] > 0, grad_rows, 0)
         return grad_rows
 
     # ---- poolings
@@ -364,7 +367,7 @@ class DeformRoIPool(_DeformRoIPool):
     A regular pooling goes through three fully connected layers with ReLU between, which make 2 * P_h * P_w
     offsets: x of all bins, then y. Weights begin with a standard deviation of 0.01, those of the last layer
     and all biases at zero, so that at first every bin is in its place. So it is in mmcv; the DCNv1 paper has
-    the last of these layers only. Arrays are on a CPU.
+    the last of these layers only.
 {_PARAMETERS}
 {_others("offset_fc")}"""
 
@@ -393,8 +396,7 @@ class ModulatedDeformRoIPool(_DeformRoIPool):
 
     As the paper has it, a regular pooling goes through three fully connected layers with ReLU between, which
     make 3 * P_h * P_w numbers: offsets by x of all bins, those by y, and what a sigmoid makes the masks of.
-    Weights begin with a standard deviation of 0.01, those of the last layer and all biases at zero. Arrays
-    are on a CPU.
+    Weights begin with a standard deviation of 0.01, those of the last layer and all biases at zero.
 {_PARAMETERS}
     shared_branch : bool
         False has the masks made by a branch of their own, as in mmcv and chengdazhi's DCNv2: three layers

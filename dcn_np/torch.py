@@ -1,7 +1,7 @@
 """Deformable convolution for PyTorch: operators for autograd, torch.compile and torch.export, and modules.
 
 The computation is `dcn_np.modulated_deform_conv` over the tensors' own memory, on the CPU or a CUDA device.
-Poolings over regions and the mimicking loss are operators of the same kind, on the CPU.
+Poolings over regions and the mimicking loss are operators of the same kind, the loss on the CPU alone.
 `replace_convs` makes the network of the DCNv2 paper from an ordinary one, and `parameter_groups` gives the
 branches that make offsets and masks the learning rate of their own that the paper trains them with.
 `FeatureMimicking` is the branch that the paper trains beside a detector.
