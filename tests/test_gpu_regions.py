@@ -1,6 +1,7 @@
 """Pooling over regions on an emulated GPU: against the reference, in any order of threads."""
 
 import re
+import sys
 
 import emulated_gpu
 import ml_dtypes
@@ -195,6 +196,23 @@ def check_that_it_is_none(module, operator, region):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_is_no_region_is_nan_and_touches_nothing(operator, wrong):
     check_that_it_is_none(emulated_gpu, operator, NO_REGIONS[wrong])
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_an_earlier_call_left_in_memory_is_not_read(monkeypatch, operator):
+    wrong = problem_with(NO_REGIONS["an image of -1"], operator)
+    wanted = wrong.backward(emulated_gpu).x
+    memory = {}
+
+    def reused(shape, dtype):
+        key = shape, np.dtype(dtype)
+        if key not in memory:
+            memory[key] = emulated_gpu.empty(shape, dtype)
+        return memory[key]
+
+    monkeypatch.setattr(sys.modules["cupy"], "empty", reused)
+    problem_with(GOOD, operator).backward(emulated_gpu)
+    assert np.array_equal(wrong.backward(emulated_gpu).x, wanted)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
