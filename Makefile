@@ -13,7 +13,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
 unexport PYTHONPATH PYTHONHOME
 
 .PHONY: demo test test-gpu bench-gpu test-frameworks test-torch test-tensorflow test-paddle
-.PHONY: build lint types bench wheel sdist sanitize clean
+.PHONY: build lint types bench wheel sdist wheel-aarch64 test-aarch64 sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -64,6 +64,10 @@ wheel: $(VENV)/ready-dev
 
 sdist: $(VENV)/ready-dev
 	$(BIN)/python tools/check_distribution.py sdist
+
+# For 64-bit ARM, on an x86-64 Debian: see tools/aarch64.py. TESTS are names of files there.
+wheel-aarch64 test-aarch64: %-aarch64: $(VENV)/ready-dev
+	$(BIN)/python tools/aarch64.py $* $(TESTS)
 
 sanitize: $(VENV)/ready-dev
 	tools/sanitize.sh $(BIN)

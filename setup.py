@@ -23,6 +23,8 @@ INSTRUCTION_SETS = {
             *("-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
         ],
     },
+    # Without it a quarter of the sums of a product's inner loop are moved from register to register (GCC 12).
+    "aarch64": {"baseline": ["-frename-registers"]},
 }
 BASELINE_ONLY: dict[str, list[str]] = {"baseline": []}
 
@@ -85,14 +87,24 @@ def extensions(flags, link_flags):
     """Describe the extension modules; the engine's relinks when anything in the libraries changed."""
     from Cython.Build import cythonize
 
+    openmp = Extension(
+        "dcn_np.cpu._openmp",
+        ["dcn_np/cpu/_openmp.pyx", "src/openmp.cpp"],
+        language="c++",
+        include_dirs=INCLUDE_DIRS,
+        define_macros=[("Py_LIMITED_API", LIMITED_API)],
+        extra_compile_args=[*flags, OPENMP],
+        extra_link_args=[*link_flags, OPENMP],
+        py_limited_api=True,
+    )
     native = Extension(
         "dcn_np.cpu._native",
         ["dcn_np/cpu/_native.pyx", "src/dispatch.cpp", "src/parallel.cpp", "src/xla.cpp"],
         language="c++",
         include_dirs=INCLUDE_DIRS,
         define_macros=[("Py_LIMITED_API", LIMITED_API)],
-        extra_compile_args=[*flags, OPENMP],
-        extra_link_args=[*link_flags, OPENMP],
+        extra_compile_args=flags,
+        extra_link_args=link_flags,
         py_limited_api=True,
     )
     dlpack = Extension(
@@ -103,10 +115,11 @@ def extensions(flags, link_flags):
         extra_link_args=link_flags,
         py_limited_api=True,
     )
-    native, dlpack = cythonize([native, dlpack], build_dir="build/cython", language_level=3)
+    native, openmp, dlpack = cythonize([native, openmp, dlpack], build_dir="build/cython", language_level=3)
     # Afterwards, because cythonize would copy what an extension depends on into its build_dir.
+    openmp.depends = ["setup.py", "src/openmp.hpp", "src/parallel.hpp"]
     native.depends = ["setup.py", *glob("src/**/*.?pp", recursive=True), *glob("dcn_np/kernels/*.hpp")]
-    return [native, dlpack]
+    return [native, openmp, dlpack]
 
 
 class BuildExtension(build_ext):

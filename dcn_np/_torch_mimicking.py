@@ -121,7 +121,6 @@ def crop_regions(images: Tensor, rois: Tensor, size: int = 224) -> tuple[Tensor,
     region is made larger.
     """
     _check_images(images)
-    check_rois_shape(tuple(rois.shape))
     size = checked_whole("size", size)
     crops = roi_align(images, rois, size, sampling_ratio=1)
     # The indices are whole numbers, which bfloat16 would round from 257 on.
@@ -132,7 +131,15 @@ def crop_regions(images: Tensor, rois: Tensor, size: int = 224) -> tuple[Tensor,
 
 
 class MimickingLosses(NamedTuple):
-    """The losses of `FeatureMimicking`, weighted, to be added to the detector's; both have shape ()."""
+    """The losses of `FeatureMimicking`, weighted: what is added to the detector's own.
+
+    Parameters
+    ----------
+    mimic : Tensor, shape ()
+        How far the detector's features are from R-CNN's.
+    classification : Tensor, shape ()
+        The cross-entropy of R-CNN's classifier.
+    """
 
     mimic: Tensor
     classification: Tensor
@@ -254,7 +261,7 @@ class FeatureMimicking(nn.Module):
             Shapes that do not fit, what `extract` returned included, a label that is no class, a region that
             is not finite or of an image that is not there.
         """
-        self._check(images, rois, labels, features)
+        self._check(rois, labels, features)
         rcnn_features = features
         if len(rois):
             rcnn_features = _checked_result(extract(*crop_regions(images, rois, self.size)), features)
@@ -264,8 +271,7 @@ class FeatureMimicking(nn.Module):
         classification = entropy / max(len(rois), 1)
         return MimickingLosses(self.mimic_weight * mimic, self.classification_weight * classification)
 
-    def _check(self, images: Tensor, rois: Tensor, labels: Tensor, features: Tensor) -> None:
-        _check_images(images)
+    def _check(self, rois: Tensor, labels: Tensor, features: Tensor) -> None:
         _check_labels(rois, labels)
         classes = self.classifier.out_features - 1
         wrong = (labels < 0) | (labels > classes)

@@ -73,36 +73,17 @@ class _DeformRoIPool(nn.Module):
         return y if mask is None else y * mask
 
 
-_PARAMETERS = """
+class DeformRoIPool(_DeformRoIPool):
+    """A deformable pooling over regions, with the branch that moves its bins (DCNv1).
+
+    The branch, `offset_fc`, is that of `dcn_np.layers.DeformRoIPool`, which describes the parameters; so are
+    the keys of the state dict. Half features may have regions in float32.
+
     Parameters
     ----------
-    in_channels : int
-        The channels of the maps.
-    output_size : int or (int, int)
-        Bins (P_h, P_w) of each region.
-    spatial_scale : float
-        From the coordinates of the regions to pixels: 1/16 for a map of stride 16.
-    sampling_ratio : int
-        Samples of each bin along each axis; 0 takes as many as the bin is long.
-    gamma : float
-        A bin moves by gamma * (region's size) * offset.
-    hidden_channels : int
-        The width of the hidden layers of a branch; 1024 in the papers."""
-_POSITION_SENSITIVE = """
-    position_sensitive : bool
-        Pool by the rule of `dcn_np.deform_psroi_pool`, with one group, as the operators of the authors do and
-        those of CharlesShang and chengdazhi: `sampling_ratio` is then its sample_per_part, at least 1, and
-        `gamma` its trans_std.
-"""
-
-
-class DeformRoIPool(_DeformRoIPool):
-    __doc__ = f"""A deformable pooling over regions, with the branch that moves its bins (DCNv1).
-
-    A regular pooling goes through three fully connected layers, `offset_fc`, with ReLU between, which make 2
-    * P_h * P_w offsets: x of all bins, then y. The last one begins at zero, so that at first every bin is in
-    its place; the others begin with a standard deviation of 0.01. With mmcv's keys, and the authors'.
-{_PARAMETERS}{_POSITION_SENSITIVE}"""
+    in_channels, output_size, spatial_scale, sampling_ratio, gamma, hidden_channels, position_sensitive
+        As there.
+    """
 
     def __init__(
         self,
@@ -127,17 +108,18 @@ class DeformRoIPool(_DeformRoIPool):
 
 
 class ModulatedDeformRoIPool(_DeformRoIPool):
-    __doc__ = f"""A modulated deformable pooling over regions, with what makes its offsets and masks (DCNv2).
+    """A modulated deformable pooling over regions, with what makes its offsets and masks (DCNv2).
 
-    As the paper has it, a regular pooling goes through three fully connected layers, `offset_mask_fc`, with
-    ReLU between, which make 3 * P_h * P_w numbers: offsets by x of all bins, those by y, and what a sigmoid
-    makes the masks of. The last layer begins at zero; the others with a standard deviation of 0.01.
-{_PARAMETERS}
-    shared_branch : bool
-        False has the masks made by a branch of their own, as in mmcv and chengdazhi's DCNv2: three layers,
-        `offset_fc`, make the offsets, and two, `mask_fc`, the masks.
-    mask_activation : {{"sigmoid", "2*sigmoid"}}
-        What the masks go through: 0.5 at first, as in the paper, or 1.{_POSITION_SENSITIVE}"""
+    The branches, `offset_mask_fc` or `offset_fc` and `mask_fc`, are those of
+    `dcn_np.layers.ModulatedDeformRoIPool`, which describes the parameters; so are the keys of the state dict.
+
+    Parameters
+    ----------
+    in_channels, output_size, spatial_scale, sampling_ratio, gamma, hidden_channels, position_sensitive
+        As there.
+    shared_branch, mask_activation
+        As there.
+    """
 
     def __init__(
         self,

@@ -127,6 +127,12 @@ def kind_of(**arrays: Any) -> Kind:
     return _NUMPY
 
 
+def on_host(name: str, value: Any) -> numpy.ndarray[Any, Any]:
+    """Return one argument as an array of NumPy; of arrays on a CPU over the same memory."""
+    taken = kind_of(**{name: value}).take(name, value)
+    return taken if isinstance(taken, numpy.ndarray) else numpy.asarray(taken.get())
+
+
 def _kind_of_any(arrays: dict[str, Any]) -> Kind:
     first_name, first, first_place = "", None, None
     for name, value in arrays.items():

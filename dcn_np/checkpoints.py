@@ -1,13 +1,15 @@
-"""Layers of deformable convolution in the checkpoints of other libraries, in this library's convention.
+"""Layers in the checkpoints of other libraries, in this library's convention.
 
 All libraries here keep filters as (out_channels, in_channels / groups, *kernel). They differ in the names of
-the keys, and in how the convolution that makes the offsets orders its channels.
+the keys, and in how the convolution that makes the offsets orders its channels. Their poolings over regions
+differ in the branches that make offsets and masks, and in the rule by which they pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import numpy
@@ -247,8 +249,18 @@ def _check_known(
 ) -> None:
     known = [f"{inside}weight", f"{inside}bias"]
     known += [f"{branch}.weight", f"{branch}.bias"] if branch else []
-    begins = (inside, f"{branch}.") if branch else inside
+    begins = (inside, f"{branch}.") if branch else (inside,)
     ignored = tuple(f"{inside}{name}" for name in rules.ignored)
+    _check_only(state_dict, begins, known, library, ignored)
+
+
+def _check_only(
+    state_dict: Mapping[str, Array],
+    begins: tuple[str, ...],
+    known: Sequence[str],
+    library: str,
+    ignored: tuple[str, ...] = (),
+) -> None:
     for key in state_dict:
         if key.startswith(begins) and key not in known and not key.startswith(ignored):
             raise ValueError(
@@ -349,6 +361,207 @@ def _not_one(
         f"{came}; a layer of {library} as asked for has {wanted or 'no branch of this kind'}, "
         f"where offset_groups divides the {count(in_channels, 'input channel')}"
     )
+
+
+# ---- poolings over regions
+
+
+@dataclass(frozen=True, eq=False)
+class RoIPoolWeights:
+    """The arrays of one pooling over regions, and what its checkpoint tells of how to use them.
+
+    A regular pooling, one row for each region, goes through fully connected layers with ReLU between. They
+    make 2 * bins offsets of each region, x of all bins, then y, row by row as `dcn_np.deform_roi_pool` takes
+    them; and if the layer is modulated, bins more numbers, which `mask_activation` turns into masks.
+
+    Parameters
+    ----------
+    arrays : dict of str to numpy.ndarray
+        The weights, (outputs, inputs), and biases of the branches, by the keys of the state dicts of
+        `dcn_np.layers`: "offset_fc.0.weight", "offset_fc.0.bias" and so on.
+    modulated : bool
+        Whether there are masks too.
+    shared_branch : bool or None
+        Whether one branch, `offset_mask_fc`, makes offsets and masks, or `mask_fc` masks beside `offset_fc`.
+        None without masks.
+    in_channels : int
+        The channels of the maps.
+    bins : int
+        Of each region: the product of height and width of the result.
+    hidden_channels : int
+        The width of the hidden layers.
+    mask_activation : {"sigmoid", "2*sigmoid"} or None
+        None where no masks are made. All libraries that `roi_pool_from` reads have "sigmoid".
+    position_sensitive : bool
+        Whether the library pools by the rule of `dcn_np.deform_psroi_pool`, with one group, and not by that
+        of `dcn_np.deform_roi_pool`.
+    """
+
+    arrays: dict[str, Array]
+    modulated: bool
+    shared_branch: bool | None
+    in_channels: int
+    bins: int
+    hidden_channels: int
+    mask_activation: MaskActivation | None
+    position_sensitive: bool
+
+
+@dataclass(frozen=True)
+class _FullyConnected:
+    """A branch: how many layers it has, and what it makes for each bin."""
+
+    layers: int
+    per_bin: int
+
+
+_FULLY_CONNECTED = {
+    "offset_fc": _FullyConnected(3, 2),
+    "mask_fc": _FullyConnected(2, 1),
+    "offset_mask_fc": _FullyConnected(3, 3),
+}
+
+
+@dataclass(frozen=True)
+class _PoolingLibrary:
+    """Which branches a layer of a library may have together, and by which rule it pools."""
+
+    branches: tuple[tuple[str, ...], ...]
+    position_sensitive: bool
+
+
+_SHARED = ("offset_mask_fc",)
+_SEPARATE = (("offset_fc",), ("offset_fc", "mask_fc"))
+_POOLING_LIBRARIES = {
+    "mmcv": _PoolingLibrary(_SEPARATE, False),
+    "CharlesShang": _PoolingLibrary((_SHARED,), True),
+    # Versions differ in whether masks have a branch of their own.
+    "chengdazhi": _PoolingLibrary((*_SEPARATE, _SHARED), True),
+}
+
+
+def roi_pool_from(state_dict: Mapping[str, Array], prefix: str = "", *, library: str) -> RoIPoolWeights:
+    """Take one deformable pooling over regions, with its branches, out of a state dict.
+
+    Parameters
+    ----------
+    state_dict : mapping of str to numpy.ndarray
+        What `dcn_np.pth.state_dict_of` returns.
+    prefix : str
+        The name of the layer, such as "roi_head.bbox_roi_extractor.roi_layers.0"; "" where the state dict is
+        the layer's own.
+    library : {"mmcv", "CharlesShang", "chengdazhi"}
+        Whose layer it is.
+
+    Returns
+    -------
+    RoIPoolWeights
+        The arrays themselves, not copies.
+
+    Raises
+    ------
+    TypeError
+        An entry of the state dict is no array.
+    ValueError
+        A key that is missing or unknown, shapes that do not fit, or a library that is not known.
+
+    See Also
+    --------
+    layer_from : The same for convolutions.
+
+    Notes
+    -----
+    =============  =====================================================  ======================
+    library        branches                                               pools as
+    =============  =====================================================  ======================
+    mmcv           offset_fc; modulated also mask_fc                      `deform_roi_pool`
+    CharlesShang   offset_mask_fc                                         `deform_psroi_pool`
+    chengdazhi     offset_fc; modulated also mask_fc, or offset_mask_fc   `deform_psroi_pool`
+    =============  =====================================================  ======================
+
+    mmdet 1 has the layers of chengdazhi; poolings of mmdet 2 and later are mmcv's.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from dcn_np.checkpoints import roi_pool_from
+    >>> shapes = {0: (16, 8 * 49), 2: (16, 16), 4: (3 * 49, 16)}
+    >>> state_dict = {f"offset_mask_fc.{i}.weight": numpy.zeros(shape) for i, shape in shapes.items()}
+    >>> state_dict |= {f"offset_mask_fc.{i}.bias": numpy.zeros(shape[0]) for i, shape in shapes.items()}
+    >>> layer = roi_pool_from(state_dict, library="CharlesShang")
+    >>> layer.modulated, layer.in_channels, layer.bins, layer.hidden_channels
+    (True, 8, 49, 16)
+    """
+    if library not in _POOLING_LIBRARIES:
+        raise ValueError(f"library is {shown(library)}; wanted one of {listed(list(_POOLING_LIBRARIES))}")
+    rules, inside = _POOLING_LIBRARIES[library], _inside(prefix.removesuffix("."))
+    branches = _branches_there(state_dict, inside, rules, library)
+    in_channels, bins, hidden = _sizes_of_pooling(state_dict, inside, branches[0])
+    arrays: dict[str, Array] = {}
+    for branch in branches:
+        arrays |= _fully_connected(state_dict, inside, branch, in_channels, bins, hidden)
+    _check_only(state_dict, (inside,), [f"{inside}{key}" for key in arrays], library)
+    modulated = branches != ("offset_fc",)
+    return RoIPoolWeights(
+        arrays,
+        modulated=modulated,
+        shared_branch=branches == _SHARED if modulated else None,
+        in_channels=in_channels,
+        bins=bins,
+        hidden_channels=hidden,
+        mask_activation="sigmoid" if modulated else None,
+        position_sensitive=rules.position_sensitive,
+    )
+
+
+def _branches_there(
+    state_dict: Mapping[str, Array], inside: str, rules: _PoolingLibrary, library: str
+) -> tuple[str, ...]:
+    """Return the names of the branches, those with offsets first."""
+    there = tuple(
+        branch
+        for branch in _FULLY_CONNECTED
+        if any(key.startswith(f"{inside}{branch}.") for key in state_dict)
+    )
+    if there and there not in rules.branches:
+        wanted = ", or ".join(" and ".join(names) for names in rules.branches)
+        layer = inside.removesuffix(".") or "the state dict"
+        raise ValueError(f"{layer} has {' and '.join(there)}; a pooling of {library} has {wanted}")
+    return there or rules.branches[0]
+
+
+def _sizes_of_pooling(state_dict: Mapping[str, Array], inside: str, branch: str) -> tuple[int, int, int]:
+    """Return the channels of the maps, the number of bins, and the width of the hidden layers."""
+    form = _FULLY_CONNECTED[branch]
+    first = f"{inside}{branch}.0.weight"
+    hidden, features = _array(state_dict, first, 2).shape
+    last = f"{inside}{branch}.{2 * form.layers - 2}.weight"
+    outputs = _array(state_dict, last, 2).shape[0]
+    bins, rest = divmod(outputs, form.per_bin)
+    if rest:
+        raise ValueError(f"{last} has {count(outputs, 'output')}; wanted {form.per_bin} for each bin")
+    in_channels, rest = divmod(features, bins)
+    if rest:
+        raise ValueError(
+            f"{first} has {count(features, 'input')}; {last} is of {count(bins, 'bin')}: wanted a multiple"
+        )
+    return in_channels, bins, hidden
+
+
+def _fully_connected(
+    state_dict: Mapping[str, Array], inside: str, branch: str, in_channels: int, bins: int, hidden: int
+) -> dict[str, Array]:
+    """Return the arrays of a branch by their keys in the layer."""
+    form = _FULLY_CONNECTED[branch]
+    widths = [in_channels * bins, *[hidden] * (form.layers - 1), form.per_bin * bins]
+    why = f"for {count(in_channels, 'channel')}, {count(bins, 'bin')} and {hidden} hidden channels"
+    arrays = {}
+    for index, (inputs, outputs) in enumerate(pairwise(widths)):
+        for what, shape in (("weight", (outputs, inputs)), ("bias", (outputs,))):
+            key = f"{branch}.{2 * index}.{what}"
+            arrays[key] = _array(state_dict, inside + key, len(shape))
+            _check_shape(inside + key, arrays[key], shape, why)
+    return arrays
 
 
 # ---- orders of channels

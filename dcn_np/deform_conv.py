@@ -14,7 +14,7 @@ from .geometry import (
     Geometry,
     check_grad_output,
     check_out,
-    checked_deterministic,
+    checked_flag,
     checked_float32_matmul,
     checked_needs,
 )
@@ -416,7 +416,7 @@ def modulated_deform_conv_backward(
              [1.75, 2.25, 1.25]]]])
     """
     needs = checked_needs(needs, Gradients._fields)
-    deterministic = checked_deterministic(deterministic)
+    deterministic = checked_flag("deterministic", deterministic)
     kind = kind_of(x=x, offset=offset, mask=mask, weight=weight, grad_output=grad_output)
     grad_output, x = kind.take("grad_output", grad_output), kind.take("x", x)
     weight = kind.take("weight", weight)

@@ -12,7 +12,7 @@ from . import messages
 from .arrays import Array, Kind, kind_of
 from .backends import backend_of
 from .docstrings import documented
-from .messages import NOT_ON_A_GPU, count, shown
+from .messages import count, shown
 
 _SHARED = {
     "features": """
@@ -180,7 +180,10 @@ def _taken(rcnn_features: Any, features: Any, weights: Any) -> tuple[Kind, tuple
     a, b = kind.take("rcnn_features", rcnn_features), kind.take("features", features)
     w = kind.take_optional("weights", weights)
     if not isinstance(a, numpy.ndarray):
-        raise TypeError(f"rcnn_features is an array on a GPU; {NOT_ON_A_GPU}")
+        raise TypeError(
+            "rcnn_features is an array on a GPU; the feature mimicking loss is computed on a CPU only (the "
+            "convolutions and poolings run on a GPU): wanted arrays of NumPy, such as cupy.asnumpy gives"
+        )
     _check_dtypes(backend_of(a).dtypes(), a, b, w)
     _check_shapes(a.shape, b.shape, None if w is None else w.shape)
     return kind, (a, b, w)

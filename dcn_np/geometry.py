@@ -211,10 +211,10 @@ def checked_float32_matmul(value: Any) -> str:
     return value
 
 
-def checked_deterministic(value: Any) -> bool:
-    """Return `deterministic` as a bool."""
+def checked_flag(name: str, value: Any) -> bool:
+    """Return what is True or False, such as `deterministic`, as a bool."""
     if not isinstance(value, bool | numpy.bool_):
-        raise TypeError(f"deterministic is {shown(value)}; wanted True or False")
+        raise TypeError(f"{name} is {shown(value)}; wanted True or False")
     return bool(value)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import operator
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
-from .arrays import Array, kind_of
-from .backends import backend_of
+from ._layer import (
+    Layer,
+    Seed,
+    checked_activation,
+    checked_dtype,
+    logistic,
+    namespace,
+    positive,
+    present,
+)
+from ._roi_layers import DeformRoIPool, ModulatedDeformRoIPool
+from .arrays import Array, on_host
 from .checkpoints import MASK_FACTORS
 from .deform_conv import (
     Extents,
@@ -30,7 +39,7 @@ from .deform_conv import (
     modulated_deform_conv_backward,
 )
 from .geometry import Geometry
-from .messages import count, dtype_wanted, listed, shown
+from .messages import count, shown
 
 if TYPE_CHECKING:
     from typing import Self
@@ -40,7 +49,6 @@ if TYPE_CHECKING:
     from .checkpoints import DeformConvWeights
 
 Path = str | os.PathLike[str]
-Seed = numpy.random.Generator | int | None
 
 __all__ = [
     "Conv1d",
@@ -49,28 +57,28 @@ __all__ = [
     "DeformConv1d",
     "DeformConv2d",
     "DeformConv3d",
+    "DeformRoIPool",
     "ModulatedDeformConv1d",
     "ModulatedDeformConv2d",
     "ModulatedDeformConv3d",
+    "ModulatedDeformRoIPool",
     "load_npz",
     "load_safetensors",
     "save_npz",
     "save_safetensors",
 ]
 
-# ---- what all layers share
+# ---- convolutions
 
 
-class _Layer:
+class _Conv(Layer):
     """An ordinary convolution of `ndim` spatial axes; the deformable ones add the branch."""
 
     ndim: ClassVar[int]
-    # The names of the parameters, with those of the state dict.
-    _KEYS: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
+    _keys: Mapping[str, str] = {"weight": "weight", "bias": "bias"}
 
     weight: Array
     bias: Array | None
-    gradients: dict[str, Array]
 
     def __init__(
         self,
@@ -102,12 +110,12 @@ class _Layer:
         dtype: DTypeLike,
     ) -> None:
         """Check all numbers now, where they are written, and not at the first image."""
-        self.in_channels = _positive("in_channels", in_channels)
-        self.out_channels = _positive("out_channels", out_channels)
+        self.in_channels = positive("in_channels", in_channels)
+        self.out_channels = positive("out_channels", out_channels)
         self.kernel_size = _kernel(kernel_size, self.ndim)
-        self.groups = _positive("groups", groups)
-        self.offset_groups = _positive("offset_groups", offset_groups)
-        self.dtype = _checked_dtype(dtype)
+        self.groups = positive("groups", groups)
+        self.offset_groups = positive("offset_groups", offset_groups)
+        self.dtype = checked_dtype(dtype)
         # One pixel and one tap: what depends on the size of an image is checked when there is one.
         ones = (1,) * self.ndim
         x = SimpleNamespace(shape=(0, self.in_channels, *ones), dtype=self.dtype)
@@ -125,7 +133,7 @@ class _Layer:
         self.weight = generator.uniform(-bound, bound, shape).astype(self.dtype)
         self.bias = generator.uniform(-bound, bound, shape[0]).astype(self.dtype) if bias else None
         self.gradients = {}
-        self._kept: tuple[Any, ...] | None = None
+        self._kept = None
 
     def __repr__(self) -> str:
         shown_if_not = {"groups": 1, "offset_groups": 1}
@@ -194,74 +202,28 @@ class _Layer:
         (x,) = self._remembered()
         needs = self._needs("x", "weight")
         found = deform_conv_backward(grad_output, x, None, self.weight, *self._window(), needs=needs)
-        self.gradients = _present(weight=found.weight, bias=found.bias)
+        self.gradients = present(weight=found.weight, bias=found.bias)
         return found.x
 
-    def parameters(self) -> dict[str, Array]:
-        """Return the parameters by name.
-
-        Returns
-        -------
-        dict of str to array
-            The arrays themselves: what changes them in place changes the layer. `gradients` has the same
-            keys.
-
-        See Also
-        --------
-        state_dict : The same under the names of checkpoints.
-        """
-        return _present(**{name: getattr(self, name) for name in self._KEYS})
-
-    def state_dict(self) -> dict[str, Array]:
-        """Return the parameters under the names that checkpoints have.
-
-        Returns
-        -------
-        dict of str to array
-            The arrays themselves, not copies, with the keys of mmcv: weight, bias, and for a deformable layer
-            conv_offset.weight and conv_offset.bias.
-
-        See Also
-        --------
-        load_state_dict : The way back.
-        save_npz : To a file.
-        """
-        return {self._KEYS[name]: value for name, value in self.parameters().items()}
-
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Take the parameters from a state dict; nothing changes unless all of them fit.
+    def branch(self, x: Array) -> tuple[Array | None, Array | None]:
+        """Return what the layer makes of images to sample them by.
 
         Parameters
         ----------
-        state : mapping of str to array
-            Copied, in the dtype of the layer. The layer computes where these arrays are: those of CuPy move
-            it to their GPU.
+        x : array, shape (batch, in_channels, *input)
+            The images, as for `forward`.
 
-        Raises
-        ------
-        TypeError
-            A value is no array of floating-point numbers.
-        ValueError
-            Keys are missing or unknown, or a shape is another; or the arrays are not all of one library and
-            on one device.
+        Returns
+        -------
+        tuple of two arrays or None
+            Offsets and masks, as `dcn_np.modulated_deform_conv` takes them; None where the layer has none.
 
         See Also
         --------
-        state_dict : The way back.
+        forward : Samples by them.
         """
-        wanted = self.state_dict()
-        if unknown := [key for key in state if key not in wanted]:
-            raise ValueError(f"state holds {_names(unknown)}; {self!r} has {listed(list(wanted))} only")
-        if missing := [key for key in wanted if key not in state]:
-            raise ValueError(f"state has no {listed(missing)}; {self!r} has {listed(list(wanted))}")
-        kind = kind_of(**state)
-        arrays = {key: _floating(key, kind.take(key, state[key])) for key in wanted}
-        for key, value in arrays.items():
-            if value.shape != wanted[key].shape:
-                raise ValueError(f"{key} has the shape {value.shape}; {self!r} wants {wanted[key].shape}")
-        for name in self.parameters():
-            setattr(self, name, arrays[self._KEYS[name]].astype(self.dtype, order="C"))
-        self.gradients, self._kept = {}, None
+        self._check_x(x)
+        return None, None
 
     def _window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups, self.offset_groups
@@ -275,17 +237,22 @@ class _Layer:
         if isinstance(shape, tuple) and (len(shape) != self.ndim + 2 or shape[1] != self.in_channels):
             raise ValueError(f"x has the shape {tuple(shape)}; {wanted}")
 
-    def _remembered(self) -> tuple[Any, ...]:
-        if self._kept is None:
-            raise RuntimeError("backward without a forward before it; wanted forward(x) first")
-        return self._kept
+
+def _kernel(value: Any, ndim: int) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return (positive("kernel_size", value),) * ndim
+    if len(value) != ndim:
+        raise ValueError(
+            f"kernel_size has {count(len(value), 'entry')}; wanted an integer or {count(ndim, 'entry')}"
+        )
+    return tuple(positive(f"kernel_size[{axis}]", entry) for axis, entry in enumerate(value))
 
 
-class _Deformable(_Layer):
+class _Deformable(_Conv):
     """A deformable convolution with the branch that makes its offsets, and masks if `modulated`."""
 
     modulated: ClassVar[bool]
-    _KEYS: ClassVar[Mapping[str, str]] = {
+    _keys: Mapping[str, str] = {
         "weight": "weight",
         "bias": "bias",
         "conv_offset_weight": "conv_offset.weight",
@@ -391,14 +358,17 @@ class _Deformable(_Layer):
         bias = layer.conv_offset_bias if weights.offset_bias is None else weights.offset_bias
         arrays = {"weight": filters, "bias": weights.bias}
         arrays |= {"conv_offset.weight": branch, "conv_offset.bias": bias}
-        layer.load_state_dict(_present(**arrays))
+        layer.load_state_dict(present(**arrays))
         return layer
 
-    def forward(self, x: Array) -> Array:
+    def branch(self, x: Array) -> tuple[Array | None, Array | None]:
         self._check_x(x)
         made = deform_conv(x, None, self.conv_offset_weight, self.conv_offset_bias, *self._branch_window())
-        offset = made[:, : self._offsets]
-        mask = self._factor() * _logistic(made[:, self._offsets :]) if self.modulated else None
+        mask = self._factor() * logistic(made[:, self._offsets :]) if self.modulated else None
+        return made[:, : self._offsets], mask
+
+    def forward(self, x: Array) -> Array:
+        offset, mask = self.branch(x)
         y = modulated_deform_conv(x, offset, mask, self.weight, self.bias, *self._window())
         self._kept = x, offset, mask
         return y
@@ -418,9 +388,9 @@ class _Deformable(_Layer):
         if mask is not None:
             # With s the logistic function, mask = factor * s, and s' = s * (1 - s).
             grad_logits = found.mask * mask * (1 - mask / self._factor())
-            grad_made = _namespace(mask).concatenate([found.offset, grad_logits], axis=1)
+            grad_made = namespace(mask).concatenate([found.offset, grad_logits], axis=1)
         branch = deform_conv_backward(grad_made, x, None, self.conv_offset_weight, *self._branch_window())
-        self.gradients = _present(
+        self.gradients = present(
             weight=found.weight,
             bias=found.bias,
             conv_offset_weight=branch.weight,
@@ -428,7 +398,8 @@ class _Deformable(_Layer):
         )
         return found.x + branch.x
 
-    forward.__doc__, backward.__doc__ = _Layer.forward.__doc__, _Layer.backward.__doc__
+    forward.__doc__, backward.__doc__ = _Conv.forward.__doc__, _Conv.backward.__doc__
+    branch.__doc__ = _Conv.branch.__doc__
 
     def _branch_window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, 1, 1
@@ -438,9 +409,7 @@ class _Deformable(_Layer):
             raise ValueError(
                 f"mask_activation is {shown(value)}; {type(self).__name__} makes no masks: wanted None"
             )
-        if value is not None and value not in MASK_FACTORS:
-            raise ValueError(f"mask_activation is {shown(value)}; wanted one of {listed(list(MASK_FACTORS))}")
-        return "sigmoid" if self.modulated and value is None else value
+        return value if not self.modulated else checked_activation("sigmoid" if value is None else value)
 
     def _factor(self) -> int:
         return MASK_FACTORS[self.mask_activation or "sigmoid"]
@@ -515,7 +484,7 @@ _BRANCH = """
 _MASKS = """; `mask_activation` makes masks of the others"""
 
 
-def _document(layer: type[_Layer]) -> None:
+def _document(layer: type[_Conv]) -> None:
     """Write the docstring of a class from what its attributes say."""
     axes = count(layer.ndim, "spatial axis")
     if not issubclass(layer, _Deformable):
@@ -531,15 +500,15 @@ def _document(layer: type[_Layer]) -> None:
     )
 
 
-class Conv1d(_Layer):
+class Conv1d(_Conv):
     ndim = 1
 
 
-class Conv2d(_Layer):
+class Conv2d(_Conv):
     ndim = 2
 
 
-class Conv3d(_Layer):
+class Conv3d(_Conv):
     ndim = 3
 
 
@@ -567,7 +536,7 @@ class ModulatedDeformConv3d(_Deformable):
     ndim, modulated = 3, True
 
 
-_LAYERS: tuple[type[_Layer], ...] = (
+_LAYERS: tuple[type[_Conv], ...] = (
     *(Conv1d, Conv2d, Conv3d),
     *(DeformConv1d, DeformConv2d, DeformConv3d),
     *(ModulatedDeformConv1d, ModulatedDeformConv2d, ModulatedDeformConv3d),
@@ -709,66 +678,5 @@ def _on_host(state: Mapping[str, Array]) -> dict[str, Array]:
     for key, value in state.items():
         if not isinstance(key, str):
             raise TypeError(f"state has the key {shown(key)}; wanted strings")
-        taken = kind_of(value=value).take(key, value)
-        arrays[key] = numpy.asarray(taken if isinstance(taken, numpy.ndarray) else taken.get(), order="C")
+        arrays[key] = numpy.asarray(on_host(key, value), order="C")
     return arrays
-
-
-# ---- numbers and arrays
-
-
-def _positive(name: str, value: Any) -> int:
-    wanted = "an integer, at least 1"
-    if isinstance(value, bool | numpy.bool_) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
-    if operator.index(value) < 1:
-        raise ValueError(f"{name} is {shown(value)}; wanted {wanted}")
-    return operator.index(value)
-
-
-def _kernel(value: Any, ndim: int) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        return (_positive("kernel_size", value),) * ndim
-    if len(value) != ndim:
-        raise ValueError(
-            f"kernel_size has {count(len(value), 'entry')}; wanted an integer or {count(ndim, 'entry')}"
-        )
-    return tuple(_positive(f"kernel_size[{axis}]", entry) for axis, entry in enumerate(value))
-
-
-def _checked_dtype(value: DTypeLike) -> numpy.dtype[Any]:
-    try:
-        dtype = numpy.dtype(value)
-    except TypeError:
-        raise TypeError(f"dtype is {shown(value)}; wanted one of NumPy's, such as float32") from None
-    computed = backend_of(numpy.empty(0)).dtypes()
-    if dtype not in computed:
-        raise TypeError(f"dtype is {dtype}; wanted {dtype_wanted(dtype, computed)}")
-    return dtype
-
-
-def _floating(key: str, array: Array) -> Array:
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{key} has dtype {array.dtype}; wanted floating-point numbers, such as float32")
-    return array
-
-
-def _present(**arrays: Array | None) -> dict[str, Array]:
-    return {name: value for name, value in arrays.items() if value is not None}
-
-
-def _names(keys: Sequence[Any]) -> str:
-    return ", ".join(map(shown, keys))
-
-
-def _namespace(array: Array) -> Any:
-    """Return the module whose functions take an array: numpy or cupy."""
-    return importlib.import_module(type(array).__module__.partition(".")[0])
-
-
-def _logistic(values: Array) -> Array:
-    """Return 1 / (1 + exp(-values)), without a power that overflows."""
-    xp = _namespace(values)
-    power = xp.exp(-abs(values))
-    above = 1 / (1 + power)
-    return xp.where(values >= 0, above, power * above)

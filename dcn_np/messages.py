@@ -247,11 +247,6 @@ def _unknown(name: str) -> str:
 
 # ---- regions
 
-NOT_ON_A_GPU = (
-    "pooling over regions and the feature mimicking loss are computed on a CPU only (deform_conv and "
-    "modulated_deform_conv run on a GPU): wanted arrays of NumPy, such as cupy.asnumpy gives"
-)
-
 
 def rois_hint(shape: Shape) -> str:
     """Recognise boxes without the index of their image."""

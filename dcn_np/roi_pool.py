@@ -20,11 +20,12 @@ _SHARED = {
     "x": """
 x : array, shape (batch, channels, height, width)
     The feature maps: any strides; float32, float64, float16, or bfloat16 of ml_dtypes. All other arrays have
-    this dtype and are of the same library, on the CPU; beside half maps `rois`, `offset` and `mask` may be
-    float32.""",
+    this dtype and are of the same library, on the same device; beside half maps `rois`, `offset` and `mask`
+    may be float32.""",
     "rois": """
 rois : array, shape (R, 5)
-    The regions: index of the image in `x`, x1, y1, x2, y2, in any order of images. They have no gradient.""",
+    The regions: index of the image in `x`, x1, y1, x2, y2, in any order of images. They have no gradient. A
+    GPU does not check their values: one that is not finite, or whose image does not exist, gives NaN.""",
     "offset": """
 offset : array, shape (R, 2, P_h, P_w), or None
     How far each bin moves, as a part of the region's size, before `gamma`. Channel 0 is x, channel 1 is y:
@@ -77,9 +78,9 @@ RoIGradients
     not needed, and those of an input that is None, are None.""",
     "errors": """
 TypeError
-    An argument of the wrong kind, a dtype that is not computed, arrays of different dtypes, or on a GPU.
+    An argument of the wrong kind, a dtype that is not computed, arrays of different dtypes.
 ValueError
-    Shapes or numbers that do not fit, a region that is not finite or whose image does not exist.
+    Shapes or numbers that do not fit; on a CPU, a region that is not finite or whose image does not exist.
 MemoryError
     No memory for the result or for the working space.""",
     "rule": """
@@ -90,7 +91,8 @@ With start and size of the region in pixels, along each axis of extent E, bin p 
 where start = low * spatial_scale - 0.5: the "aligned" form. A sample below -1 or above E is 0; others
 interpolate between the pixels around their point, clamped to [0, E - 1]. All samples count, so a bin that
 reaches outside fades. A region of no size has no samples if `sampling_ratio` is 0, and is 0. A NaN in
-`offset` makes its bin NaN. On a CPU the result is the same, bit for bit, for any number of threads. See
+`offset` makes its bin NaN. The result has the same bits in every run and
+for any number of threads. See
 docs/semantics.md.""",
     "gradient_rule": """
 Each sample gives grad_output * mask / count to the pixels it interpolates, and its derivative to `offset`:

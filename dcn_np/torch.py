@@ -1,7 +1,7 @@
 """Deformable convolution for PyTorch: operators for autograd, torch.compile and torch.export, and modules.
 
 The computation is `dcn_np.modulated_deform_conv` over the tensors' own memory, on the CPU or a CUDA device.
-Poolings over regions and the mimicking loss are operators of the same kind, on the CPU.
+Poolings over regions and the mimicking loss are operators of the same kind, the loss on the CPU alone.
 `replace_convs` makes the network of the DCNv2 paper from an ordinary one, and `parameter_groups` gives the
 branches that make offsets and masks the learning rate of their own that the paper trains them with.
 `FeatureMimicking` is the branch that the paper trains beside a detector.
@@ -422,14 +422,20 @@ class _DeformConv(nn.Module):
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
 
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the offsets and masks that the module makes of `x` to sample it by; masks if modulated."""
+        made: Tensor = self.conv_offset(x)
+        if not self.modulated:
+            return made, None
+        offsets = self.offset_groups * self.taps * self.ndim
+        mask = torch.sigmoid(made[:, offsets:])
+        if self.mask_activation != "sigmoid":
+            mask = mask * MASK_FACTORS[self.mask_activation]
+        return made[:, :offsets], mask
+
     def forward(self, x: Tensor) -> Tensor:
         """Make offsets and masks from `x` and convolve it with them."""
-        offset, mask = self.conv_offset(x), None
-        if self.modulated:
-            offsets = self.offset_groups * self.taps * self.ndim
-            offset, mask = offset[:, :offsets], torch.sigmoid(offset[:, offsets:])
-            if self.mask_activation != "sigmoid":
-                mask = mask * MASK_FACTORS[self.mask_activation]
+        offset, mask = self.branch(x)
         return modulated_deform_conv(
             x,
             offset,
@@ -480,8 +486,8 @@ class ModulatedDeformConv3d(_DeformConv):
 def parameter_groups(model: nn.Module, lr: float, offset_factor: float = 0.1) -> list[dict[str, Any]]:
     """Split the parameters for an optimiser: those of the branches that make offsets and masks learn slower.
 
-    This is of convolutions. The fully connected branches of `DeformRoIPool` and `ModulatedDeformRoIPool` learn
-    as fast as the rest, as in the DCNv2 paper.
+    This is of convolutions. The fully connected branches of `DeformRoIPool` and `ModulatedDeformRoIPool`
+    learn as fast as the rest, as in the DCNv2 paper.
 
     Parameters
     ----------
@@ -515,7 +521,7 @@ def load_state_dict_from(
 
     Parameters
     ----------
-    module : DeformConv2d or ModulatedDeformConv2d
+    module : DeformConv2d, ModulatedDeformConv2d, DeformRoIPool or ModulatedDeformRoIPool
         Made with the layer's sizes. Of torchvision's layers, which have no branch, the convolution alone is
         loaded.
     state_dict : mapping of str to Tensor or numpy.ndarray
@@ -523,7 +529,8 @@ def load_state_dict_from(
     prefix : str
         The name of the layer in it, such as "backbone.layer2.0.conv2".
     library : {"torchvision", "mmcv", "detectron2", "CharlesShang", "chengdazhi"}
-        Which library saved it.
+        Which library saved it. Poolings over regions are those of mmcv, or of CharlesShang and chengdazhi for
+        modules with ``position_sensitive=True``.
 
     Raises
     ------
@@ -535,15 +542,39 @@ def load_state_dict_from(
     See Also
     --------
     dcn_np.checkpoints.layer_from : The same for NumPy alone.
+    dcn_np.checkpoints.roi_pool_from : ... for poolings over regions.
     """
-    if not isinstance(module, _DeformConv):
+    if not isinstance(module, _DeformConv | DeformRoIPool | ModulatedDeformRoIPool):
         raise TypeError(
-            f"module is a {type(module).__name__}; wanted a deformable convolution of dcn_np.torch"
+            f"module is a {type(module).__name__}; wanted a deformable convolution, or pooling over regions, "
+            "of dcn_np.torch"
         )
     arrays = {
         key: value.detach().float().numpy() if isinstance(value, Tensor) and key.startswith(prefix) else value
         for key, value in state_dict.items()
     }
+    parameters = dict(module.named_parameters())
+    if isinstance(module, _DeformConv):
+        given, activation = _of_convolution(module, arrays, prefix, library)
+        if library == "torchvision":
+            parameters = {name: parameters[name] for name in parameters if not name.startswith("conv_offset")}
+    else:
+        given, activation = _of_pooling(module, arrays, prefix, library)
+    _check_fits(given, parameters, prefix)
+    if activation is not None and activation != module.mask_activation:
+        raise ValueError(
+            f"{library}'s masks go through {activation}; wanted a module with that mask_activation, not "
+            f"{module.mask_activation!r}"
+        )
+    with torch.no_grad():
+        for name, array in given.items():
+            parameters[name].copy_(torch.tensor(array))
+
+
+def _of_convolution(
+    module: _DeformConv, arrays: Mapping[str, Any], prefix: str, library: str
+) -> tuple[dict[str, Any], str | None]:
+    """Return the arrays of a layer by the names of the parameters, and what makes its masks."""
     branch = None if library == "torchvision" else module.modulated
     found = checkpoints.layer_from(arrays, prefix, library=library, modulated=branch)
     if found.offset_dilated is False and any(step != 1 for step in module.dilation):
@@ -551,31 +582,37 @@ def load_state_dict_from(
             f"{library} makes offsets by a convolution without dilation; wanted a module of dilation 1, not "
             f"{module.dilation}"
         )
-    if found.mask_activation not in (None, module.mask_activation):
-        raise ValueError(
-            f"{library}'s masks go through {found.mask_activation}; wanted a module with that "
-            f"mask_activation, not {module.mask_activation!r}"
-        )
     named = {
         "weight": found.weight,
         "bias": found.bias,
         "conv_offset.weight": found.offset_weight,
         "conv_offset.bias": found.offset_bias,
     }
-    given = {name: array for name, array in named.items() if array is not None}
-    parameters = dict(module.named_parameters())
-    wanted = [name for name in parameters if branch is not None or not name.startswith("conv_offset")]
-    if set(given) != set(wanted):
-        raise ValueError(f"the layer {prefix!r} has {sorted(given)}; the module wants {sorted(wanted)}")
+    return {name: array for name, array in named.items() if array is not None}, found.mask_activation
+
+
+def _of_pooling(
+    module: DeformRoIPool | ModulatedDeformRoIPool, arrays: Mapping[str, Any], prefix: str, library: str
+) -> tuple[dict[str, Any], str | None]:
+    """Return the arrays of a layer by the names of the parameters, and what makes its masks."""
+    found = checkpoints.roi_pool_from(arrays, prefix, library=library)
+    if found.position_sensitive != module.position_sensitive:
+        raise ValueError(
+            f"{library} pools with position_sensitive={found.position_sensitive}; wanted a module with that, "
+            f"not {module.position_sensitive}"
+        )
+    return found.arrays, found.mask_activation
+
+
+def _check_fits(given: Mapping[str, Any], parameters: Mapping[str, Tensor], prefix: str) -> None:
+    if set(given) != set(parameters):
+        raise ValueError(f"the layer {prefix!r} has {sorted(given)}; the module wants {sorted(parameters)}")
     for name, array in given.items():
         if tuple(array.shape) != tuple(parameters[name].shape):
             raise ValueError(
                 f"{name} of the layer {prefix!r} has shape {tuple(array.shape)}; the module wants "
                 f"{tuple(parameters[name].shape)}"
             )
-    with torch.no_grad():
-        for name, array in given.items():
-            parameters[name].copy_(torch.tensor(array))
 
 
 def replace_convs(

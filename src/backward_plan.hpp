@@ -61,7 +61,7 @@ struct BackwardPlan : Plan<T, NDim> {
             : fitting > 4 * kScatterPositions ? fitting
                                               : 4 * kScatterPositions;
     strip = least(strip, positions) > 0 ? least(strip, positions) : 1;
-    strips = ceil_div(positions, strip);
+    strips = ceiling(positions, strip);
 
     constexpr size_t kRoundBytes = 2 << 20;
     const size_t image_bytes =
@@ -92,7 +92,7 @@ struct BackwardPlan : Plan<T, NDim> {
     const int64_t fitting = 2 * kLanes<T> / block.count;
     return least(fitting > 1 ? fitting : 1, taps);
   }
-  int64_t chunks(const Block& block) const { return ceil_div(taps, chunk_taps(block)); }
+  int64_t chunks(const Block& block) const { return ceiling(taps, chunk_taps(block)); }
   Panels panels(const Block& block, int64_t chunk) const {
     const int64_t first = chunk * chunk_taps(block);
     return Panels::of<T>(least(chunk_taps(block), taps - first) * block.count);

@@ -102,7 +102,7 @@ class PositionPass : public BackwardRound<T, NDim> {
 
   bool combine(int64_t first, int64_t count) {
     if (!plan_.grads_at_positions) return true;
-    const int64_t tiles = ceil_div(count, kScatterPositions), groups = geometry().offset_groups;
+    const int64_t tiles = ceiling(count, kScatterPositions), groups = geometry().offset_groups;
     return team_.run(tiles * groups * images_, [&](int64_t item, int) {
       const int64_t slot = item / (tiles * groups), group = item / tiles % groups;
       const int64_t at = item % tiles * kScatterPositions;

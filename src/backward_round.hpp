@@ -19,8 +19,8 @@ class BackwardRound {
 
   bool copy_in() {
     const int64_t x_items = plan_.x.copy_items();
-    const int64_t y_items = plan_.grad_output_in_place ? 0 : ceil_div(plan_.positions, kCopyPixels);
-    const int64_t zero_items = plan_.grads_at_x ? ceil_div(plan_.grad_x.pixels, kCopyPixels) : 0;
+    const int64_t y_items = plan_.grad_output_in_place ? 0 : ceiling(plan_.positions, kCopyPixels);
+    const int64_t zero_items = plan_.grads_at_x ? ceiling(plan_.grad_x.pixels, kCopyPixels) : 0;
     const int64_t items = x_items + y_items + zero_items;
     return team_.run(items * images_, [&](int64_t item, int) {
       const int64_t slot = item / items;

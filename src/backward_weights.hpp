@@ -18,11 +18,11 @@ class WeightPass : public BackwardRound<T, NDim> {
       const int64_t chunks = weight_chunks(buffers_.blocks[i]);
       if (chunks > most_chunks) most_chunks = chunks;
     }
-    const int64_t fair = ceil_div(3 * plan_.threads, plan_.blocks > 0 ? plan_.blocks : 1);
+    const int64_t fair = ceiling(3 * plan_.threads, plan_.blocks > 0 ? plan_.blocks : 1);
     const int64_t parts = least(fair, most_chunks);
     const int64_t items = plan_.grads_at_weight ? plan_.blocks * parts : 0;
     constexpr int64_t kBiases = 64;
-    const int64_t biases = arguments_.grad_bias ? ceil_div(geometry().out_channels, kBiases) : 0;
+    const int64_t biases = arguments_.grad_bias ? ceiling(geometry().out_channels, kBiases) : 0;
     return team_.run(items + biases, [&](int64_t item, int thread) {
       if (item >= items) {
         const int64_t first = (item - items) * kBiases;

@@ -29,17 +29,17 @@ struct ForwardPlan : Plan<T, NDim> {
                       kTilesPerThread = 32;
     terms = taps * this->group_inputs;
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
-    chunk_taps = ceil_div(taps, ceil_div(taps * channels, kChunkTerms));
-    columns_stride = this->depthwise ? 0 : ceil_div(chunk_taps * channels, kLine) * kLine + kLine;
+    chunk_taps = ceiling(taps, ceiling(taps * channels, kChunkTerms));
+    columns_stride = this->depthwise ? 0 : ceiling(chunk_taps * channels, kLine) * kLine + kLine;
     sums_stride = this->depthwise ? channels : geometry.groups * panels.padded();
 
     const int64_t per_position = (columns_stride + 1) * sizeof(T);
     const int64_t fitting = kColumnsBytes / per_position / kTileRows * kTileRows;
     const int64_t most = clamp(fitting, 2 * kTileRows, kTilePositions);
     // Enough tiles that no thread waits long for the last one: a tile never changes the bits of a result.
-    const int64_t fair = ceil_div(ceil_div(geometry.batch * positions, kTilesPerThread * threads), kTileRows);
+    const int64_t fair = ceiling(ceiling(geometry.batch * positions, kTilesPerThread * threads), kTileRows);
     tile_positions = threads == 1 ? most : clamp(fair * kTileRows, 2 * kTileRows, most);
-    tiles = ceil_div(positions, tile_positions);
+    tiles = ceiling(positions, tile_positions);
 
     constexpr size_t kRoundBytes = 2 << 20;
     const size_t image_bytes = x.buffer_elements() * sizeof(T) + 1;

@@ -55,20 +55,31 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
 #pragma GCC unroll 2
       for (int j = 0; j < NR; ++j) sums[i][j] = V{};
 
-    for (int64_t outer = 0; outer < piece.outer; ++outer) {
-      const T* step = a + distance + outer * piece.outer_stride;
-      for (int64_t k = 0; k < piece.inner; ++k, step += piece.inner_stride, b += NR * N) {
+    const auto add_terms = [&](auto kind, const T* step) __attribute__((always_inline)) {
+      decltype(kind) factors[M];
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i) factors[i].read(step + i * row_stride);
+#pragma GCC unroll 16
+      for (int k = 0; k < decltype(kind)::count; ++k, b += NR * N) {
+        constexpr int64_t kBytes = NR * N * sizeof(T);
+        if (k * kBytes % kLineBytes == 0) prefetch_lines<false>(b + kAhead / sizeof(T), kBytes);
         V columns[NR];
-        prefetch_lines<false>(b + kAhead / sizeof(T), NR * N * sizeof(T));
 #pragma GCC unroll 2
         for (int j = 0; j < NR; ++j) columns[j] = load<V>(b + j * N);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-          const V value = broadcast<V>(step[i * row_stride]);
+          const V value = broadcast<V>(factors[i][k]);
 #pragma GCC unroll 2
           for (int j = 0; j < NR; ++j) sums[i][j] += value * columns[j];
         }
       }
+    };
+    for (int64_t outer = 0; outer < piece.outer; ++outer) {
+      const T* step = a + distance + outer * piece.outer_stride;
+      int64_t k = 0;
+      if (constexpr int count = Factors<T>::count; count > 1 && piece.inner_stride == 1)
+        for (; k + count <= piece.inner; k += count, step += count) add_terms(Factors<T>{}, step);
+      for (; k < piece.inner; ++k, step += piece.inner_stride) add_terms(Factor<T>{}, step);
     }
 
 #pragma GCC unroll 16

@@ -1,7 +1,6 @@
-// The only file that knows OpenMP. Compiled for the baseline, so it may use the standard library.
+// Compiled for the baseline, so it may use the standard library.
 #include "parallel.hpp"
 
-#include <omp.h>
 #if defined(__linux__)
 #include <sched.h>
 #include <sys/mman.h>
@@ -28,6 +27,7 @@ namespace {
 // A pending Ctrl-C is noticed after this long, plus one step of an item.
 constexpr auto kPollInterval = std::chrono::milliseconds(20);
 
+std::atomic<const Runtime*> runtime{nullptr};
 std::atomic<bool> serial{false};
 std::atomic<int> process_limit{INT_MAX};
 std::atomic<int> active_teams{0};
@@ -99,7 +99,7 @@ Team::Team(int threads, Interrupt interrupt) {
   shared_->next_poll = Clock::now() + kPollInterval;
   // Callers on several threads share the cores instead of each starting a full team.
   const int active = active_teams.fetch_add(1) + 1;
-  threads_ = serial.load() || threads / active < 1 ? 1 : threads / active;
+  threads_ = serial.load() || !has_runtime() || threads / active < 1 ? 1 : threads / active;
 }
 
 Team::~Team() {
@@ -128,28 +128,34 @@ bool Team::run(int64_t items, Item body, const void* context) {
     return !shared_->stop.load(std::memory_order_relaxed);
   }
   shared_->working.store(wanted, std::memory_order_relaxed);
-#pragma omp parallel num_threads(wanted)
-  {
-    const int thread = omp_get_thread_num();
+  auto member = [&](int thread, int threads) {
     work(items, body, context, thread);
     if (thread != 0) {
       shared_->working.fetch_sub(1, std::memory_order_release);
-    } else {
-      // The calling thread keeps polling: waiting at the barrier it could not see a Ctrl-C.
-      const int others = wanted - omp_get_num_threads() + 1;
-      for (int spins = 0; shared_->working.load(std::memory_order_acquire) > others; ++spins) {
-        pause_briefly(spins);
-        if (spins % 64 == 0) shared_->poll();
-      }
+      return;
     }
-  }
+    // The calling thread keeps polling: waiting for the runtime it could not see a Ctrl-C.
+    const int others = wanted - threads + 1;
+    for (int spins = 0; shared_->working.load(std::memory_order_acquire) > others; ++spins) {
+      pause_briefly(spins);
+      if (spins % 64 == 0) shared_->poll();
+    }
+  };
+  using Member = decltype(member);
+  runtime.load()->run(
+      wanted,
+      [](void* context, int thread, int threads) { (*static_cast<Member*>(context))(thread, threads); },
+      &member);
   proven_threads = wanted;
   return !shared_->stop.load(std::memory_order_relaxed);
 }
 
+void set_runtime(const Runtime* given) { runtime.store(given); }
+
+bool has_runtime() { return runtime.load() != nullptr; }
+
 int hardware_threads() {
-  int threads = omp_get_max_threads();
-  if (omp_get_thread_limit() < threads) threads = omp_get_thread_limit();
+  int threads = has_runtime() ? runtime.load()->threads() : 1;
 #if defined(__linux__)
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof allowed, &allowed) == 0 && CPU_COUNT(&allowed) < threads)

@@ -55,7 +55,17 @@ class Team {
   alignas(64) unsigned char storage_[320];
 };
 
-int hardware_threads();  // what OpenMP would start from this thread: OMP_NUM_THREADS, omp_set_num_threads
+// Who keeps threads. A module of its own fills this in (openmp.hpp), for its library cannot be loaded everywhere; as
+// long as none has, every team has one thread.
+struct Runtime {
+  int (*threads)();  // how many it would start from this thread
+  // Calls body(context, thread, threads) on at most `wanted` threads, of which the caller is number 0.
+  void (*run)(int wanted, void (*body)(void* context, int thread, int threads), void* context);
+};
+void set_runtime(const Runtime* runtime);
+bool has_runtime();
+
+int hardware_threads();  // what the runtime would start from this thread: OMP_NUM_THREADS, omp_set_num_threads
 // What a call may use that comes from a thread which is not Python's; until it is set, what OpenMP would start.
 int process_threads();
 void set_process_threads(int limit);

@@ -1,6 +1,7 @@
 // What the forward and the backward pass derive from the geometry.
 #pragma once
 
+#include "integers.hpp"
 #include "kernels.hpp"
 #include "layout.hpp"
 #include "matmul.hpp"
@@ -8,8 +9,6 @@
 
 namespace dcn::DCN_ISA {
 
-DCN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-DCN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 DCN_INLINE int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : value > high ? high : value;
 }

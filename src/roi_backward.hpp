@@ -40,7 +40,7 @@ struct RoIBackwardPlan : RoIPlan {
         grad_mask(arguments.grad_mask),
         grads_at_x(arguments.grad_x.data),
         grads_at_positions(arguments.grad_offset.data || arguments.grad_mask.data),
-        class_blocks(ceil_div(class_outputs, kBlock)),
+        class_blocks(ceiling(class_outputs, kBlock)),
         blocks(class_blocks * geometry.classes),
         threads(threads) {
     constexpr int64_t kDotsBytes = 6 << 20, kLeast = 16;
@@ -103,7 +103,7 @@ class RoIBackwardRun {
   bool copy_in() {
     const int64_t x_items = plan_.grads_at_positions ? plan_.x.copy_items() : 0;
     const int64_t pixels = plan_.geometry.input[0] * plan_.geometry.input[1];
-    const int64_t zero_items = plan_.grads_at_x ? slices() * ceil_div(pixels, kCopyPixels) : 0;
+    const int64_t zero_items = plan_.grads_at_x ? slices() * ceiling(pixels, kCopyPixels) : 0;
     const int64_t items = x_items + zero_items;
     return team_.run(items * images_, [&](int64_t item, int) {
       const int64_t slot = item / items, at = item % items, slice = at % slices();

@@ -26,7 +26,7 @@ struct RoIForwardPlan : RoIPlan {
     static_assert(kMostBins <= kCopyPixels);
     const int64_t fitting = kTileBytes / (tile_stride * static_cast<int64_t>(sizeof(T)) + 1);
     tile_bins = clamp(fitting, 8, kMostBins);
-    tiles = ceil_div(bins, tile_bins);
+    tiles = ceiling(bins, tile_bins);
     rounds = round_images(x.image_elements() * sizeof(T), threads);
   }
 };

@@ -7,15 +7,6 @@
 
 namespace dcn::DCN_ISA {
 
-struct Range {
-  int64_t first, end;
-};
-
-// The bins that `part` of `parts` has, where bin i belongs to part floor(i * parts / bins).
-DCN_INLINE Range bins_of_part(int64_t part, int64_t parts, int64_t bins) {
-  return {ceil_div(part * bins, parts), ceil_div((part + 1) * bins, parts)};
-}
-
 // Of images of x: group^2 slices of the channels, each of which some bins read; slice s has the channels s,
 // s + group^2, ... An image is copied slice by slice.
 template <class T>
@@ -75,12 +66,10 @@ struct RoIPlan {
   int64_t column(int64_t bin) const { return bin % geometry.output[1]; }
   // Of the region's offsets, the one that moves a bin; likewise the slice of x that it reads.
   int64_t part(int64_t bin) const {
-    return row(bin) * geometry.part[0] / geometry.output[0] * geometry.part[1] +
-           column(bin) * geometry.part[1] / geometry.output[1];
+    return cell_of_bin(geometry, row(bin), column(bin), geometry.part[0], geometry.part[1]);
   }
   int64_t slice(int64_t bin) const {
-    return row(bin) * geometry.group / geometry.output[0] * geometry.group +
-           column(bin) * geometry.group / geometry.output[1];
+    return cell_of_bin(geometry, row(bin), column(bin), geometry.group, geometry.group);
   }
   // Images whose copies, `bytes` each, exist at the same time.
   int64_t round_images(size_t bytes, int threads) const {

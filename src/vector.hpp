@@ -16,7 +16,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kTileRows = 6;  // 6 x 2 accumulators of 16 registers
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16;
-constexpr int kTileRows = 12;
+constexpr int kTileRows = 6;  // 6 x 2 accumulators and 12 of factors, of 32 registers
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileRows = 6;
@@ -63,6 +63,37 @@ template <class V, class T>
 DCN_INLINE V broadcast(T value) {
   return value - V{};
 }
+
+// Numbers that follow each other, each a factor of vectors: one of them, or as many as are best loaded together.
+template <class T>
+struct Factor {
+  static constexpr int count = 1;
+  T value;
+
+  DCN_INLINE void read(const T* from) { value = *from; }
+  DCN_INLINE T operator[](int) const { return value; }
+};
+#if defined(__aarch64__)
+// A multiply-add takes a lane of a register for a factor, and a load for every factor would be half as many instructions
+// again. One instruction loads two registers; written out, because compilers take a load whose lanes are used one by one
+// apart.
+template <class T>
+struct Factors {
+  static constexpr int count = 2 * kLanes<T>;
+  Vec<T, kLanes<T>> low, high;
+
+  DCN_INLINE void read(const T* from) {
+    const auto& memory = *reinterpret_cast<const char (*)[2 * kVectorBytes]>(from);
+    asm("ldp %q0, %q1, [%2]" : "=w"(low), "=w"(high) : "r"(from), "m"(memory));
+  }
+  DCN_INLINE T operator[](int index) const {
+    return index < kLanes<T> ? low[index % kLanes<T>] : high[index % kLanes<T>];
+  }
+};
+#else
+template <class T>
+using Factors = Factor<T>;
+#endif
 
 template <class To, class From>
 DCN_INLINE To convert(From value) {

@@ -7,8 +7,9 @@ from hypothesis import HealthCheck, settings
 
 import dcn_np
 
-# They need a GPU, see gpu/hardware.py; or a framework, by `make test-frameworks`.
-NEEDS = {"gpu": "DCN_NP_TEST_GPU", "frameworks": "DCN_NP_TEST_FRAMEWORKS"}
+# They need a GPU, see gpu/hardware.py; a framework, by `make test-frameworks`; a cross compiler, by
+# `make test-aarch64`.
+NEEDS = {"gpu": "DCN_NP_TEST_GPU", "frameworks": "DCN_NP_TEST_FRAMEWORKS", "aarch64": "DCN_NP_TEST_AARCH64"}
 collect_ignore = [folder for folder, variable in NEEDS.items() if not os.environ.get(variable)]
 
 # The isa fixture stays as it is through all examples of a test, so its scope is no problem.

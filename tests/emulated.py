@@ -32,16 +32,21 @@ class EmulatedModule:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.library = ctypes.CDLL(str(path))
-        self.library.arguments_size.restype = ctypes.c_size_t
+        for size in (self.library.arguments_size, self.library.roi_arguments_size):
+            size.restype = ctypes.c_size_t
 
     @property
-    def arguments_size(self) -> int:
-        return self.library.arguments_size()
+    def arguments_sizes(self) -> dict[str, int]:
+        """Of what kernels are given."""
+        return {
+            "Arguments": self.library.arguments_size(),
+            "RoIArguments": self.library.roi_arguments_size(),
+        }
 
     def launch(self, kernel, grid, block, shared_bytes, arguments, *, order=0):
-        """Run a kernel; `arguments` is a record of `ARGUMENTS_DTYPE` or anything with its bytes."""
+        """Run a kernel; `arguments` is a record of ARGUMENTS_DTYPE or ROI_ARGUMENTS_DTYPE."""
         record = np.frombuffer(np.ascontiguousarray(arguments).tobytes(), np.uint8)
-        assert record.size == self.arguments_size
+        assert record.size in self.arguments_sizes.values()
         message = ctypes.create_string_buffer(256)
         failed = self.library.emulate(
             ctypes.cast(getattr(self.library, kernel), ctypes.c_void_p),
@@ -49,6 +54,7 @@ class EmulatedModule:
             (ctypes.c_uint * 3)(*block),
             ctypes.c_size_t(shared_bytes),
             ctypes.c_void_p(record.ctypes.data),
+            ctypes.c_size_t(record.size),
             ctypes.c_uint(order),
             message,
             ctypes.c_size_t(len(message)),

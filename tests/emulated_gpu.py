@@ -1,7 +1,7 @@
 """A GPU for tests on machines without one: stands in for CuPy, and runs the kernels' text on the CPU.
 
 Only the little of CuPy that dcn_np uses is here. Memory is poisoned: what is read before it was written is
-NaN. `emulated_gpu()` puts it in place. Inside, the four functions of this module take NumPy's arrays to the
+NaN. `emulated_gpu()` puts it in place. Inside, the operators of this module take NumPy's arrays to the
 emulated GPU, call dcn_np's and bring the results back.
 """
 
@@ -19,6 +19,8 @@ import numpy as np
 
 import dcn_np
 
+CONVOLUTIONS = ("deform_conv", "modulated_deform_conv")
+POOLINGS = ("roi_align", "deform_roi_pool", "modulated_deform_roi_pool", "deform_psroi_pool")
 KERNELS = Path(__file__).parent.parent / "dcn_np" / "kernels"
 
 
@@ -168,7 +170,10 @@ def emulated_gpu():
 
 
 def through(to_gpu, from_gpu):
-    """The four functions for NumPy's arrays: there and back by two functions; `out` has to be on the GPU."""
+    """Every operator and its gradient for NumPy's arrays: there and back by two functions.
+
+    `out` has to be on the GPU.
+    """
 
     def wrapped(function):
         @functools.wraps(function)
@@ -176,16 +181,14 @@ def through(to_gpu, from_gpu):
             arguments = [to_gpu(a) if isinstance(a, np.ndarray) else a for a in arguments]
             keywords = {name: to_gpu(a) if isinstance(a, np.ndarray) else a for name, a in keywords.items()}
             result = function(*arguments, **keywords)
-            if isinstance(result, dcn_np.Gradients):
-                return dcn_np.Gradients(*(None if array is None else from_gpu(array) for array in result))
+            if isinstance(result, tuple):
+                return type(result)(*(None if array is None else from_gpu(array) for array in result))
             return from_gpu(result)
 
         return call
 
-    names = ("deform_conv", "modulated_deform_conv")
-    return types.SimpleNamespace(
-        **{name: wrapped(getattr(dcn_np, name)) for plain in names for name in (plain, f"{plain}_backward")}
-    )
+    names = [name for plain in (*CONVOLUTIONS, *POOLINGS) for name in (plain, f"{plain}_backward")]
+    return types.SimpleNamespace(**{name: wrapped(getattr(dcn_np, name)) for name in names})
 
 
 def _with_out(function):
@@ -205,3 +208,11 @@ deform_conv = _with_out(_functions.deform_conv)
 deform_conv_backward = _functions.deform_conv_backward
 modulated_deform_conv = _with_out(_functions.modulated_deform_conv)
 modulated_deform_conv_backward = _functions.modulated_deform_conv_backward
+roi_align, roi_align_backward = _functions.roi_align, _functions.roi_align_backward
+deform_roi_pool, deform_roi_pool_backward = _functions.deform_roi_pool, _functions.deform_roi_pool_backward
+modulated_deform_roi_pool = _functions.modulated_deform_roi_pool
+modulated_deform_roi_pool_backward = _functions.modulated_deform_roi_pool_backward
+deform_psroi_pool, deform_psroi_pool_backward = (
+    _functions.deform_psroi_pool,
+    _functions.deform_psroi_pool_backward,
+)

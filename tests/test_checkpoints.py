@@ -4,13 +4,15 @@
 that library does it, and shares nothing with dcn_np.
 """
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 import dcn_np
-from dcn_np.checkpoints import layer_from, layers_from, mask_channels, offset_channels
+from dcn_np.checkpoints import layer_from, layers_from, mask_channels, offset_channels, roi_pool_from
+from dcn_np.layers import DeformRoIPool, ModulatedDeformRoIPool
 
 RNG = np.random.default_rng(0)
 
@@ -343,6 +345,212 @@ def test_rules_of_single_libraries():
     for function in (layer_from, layers_from):
         with pytest.raises(ValueError, match="library is 'keras'; wanted one of 'torchvision', 'mmcv'"):
             function(GOOD, library="keras")
+
+
+# ---- poolings over regions
+
+POOL, SCALE, SAMPLES, GAMMA = 2, 0.5, 2, 0.2
+REGIONS = [(1, 2.25, 1.75, 10.5, 8.5), (0, 0.75, 3.25, 7.5, 11.25), (1, -3.25, 5.5, 6.75, 13.25)]
+
+
+def clamped_sample(image, y, x):
+    """Interpolate between the pixels around a point, which is moved into the image first."""
+    height, width = image.shape
+    return sample(np.pad(image, 1, mode="edge"), np.clip(y, 0, height - 1) + 1, np.clip(x, 0, width - 1) + 1)
+
+
+def averaged(image, points, outside):
+    """Average samples: points outside are 0, or where `outside` is None are left out."""
+    height, width = image.shape
+    values = []
+    for y, x in points:
+        if outside is None:
+            if -0.5 <= y <= height - 0.5 and -0.5 <= x <= width - 0.5:
+                values.append(clamped_sample(image, y, x))
+        else:
+            there = -1 <= y <= height and -1 <= x <= width
+            values.append(clamped_sample(image, y, x) if there else outside)
+    return sum(values) / max(len(values), 1)
+
+
+def mmcv_pool(x, offset):
+    """Bins of "aligned" RoIAlign, with samples in the middle of their parts; offset channel 0 moves to the
+    right."""
+    y = np.zeros((len(REGIONS), x.shape[1], POOL, POOL))
+    for r, c, i, j in np.ndindex(*y.shape):
+        image, left, top, right, bottom = REGIONS[r]
+        left, top = left * SCALE - 0.5, top * SCALE - 0.5
+        width, height = right * SCALE - 0.5 - left, bottom * SCALE - 0.5 - top
+        dx, dy = GAMMA * width * offset[r, 0, i, j], GAMMA * height * offset[r, 1, i, j]
+        parts = (np.arange(SAMPLES) + 0.5) / SAMPLES
+        points = [
+            (top + (i + v) * height / POOL + dy, left + (j + u) * width / POOL + dx)
+            for v in parts
+            for u in parts
+        ]
+        y[r, c, i, j] = averaged(x[image, c], points, 0)
+    return y
+
+
+def authors_pool(x, offset):
+    """Bins of rounded regions, with samples at the corners of their parts, and what is outside left out."""
+    y = np.zeros((len(REGIONS), x.shape[1], POOL, POOL))
+    for r, c, i, j in np.ndindex(*y.shape):
+        image, *corners = REGIONS[r]
+        left, top, right, bottom = (math.copysign(math.floor(abs(v) + 0.5), v) for v in corners)
+        left, top = left * SCALE - 0.5, top * SCALE - 0.5
+        width = max((right + 1) * SCALE - 0.5 - left, 0.1)
+        height = max((bottom + 1) * SCALE - 0.5 - top, 0.1)
+        begin_x = j * width / POOL + left + offset[r, 0, i, j] * GAMMA * width
+        begin_y = i * height / POOL + top + offset[r, 1, i, j] * GAMMA * height
+        parts = np.arange(SAMPLES) / SAMPLES
+        points = [(begin_y + v * height / POOL, begin_x + u * width / POOL) for v in parts for u in parts]
+        y[r, c, i, j] = averaged(x[image, c], points, None)
+    return y
+
+
+def through(rows, state_dict, name, layers):
+    """nn.Sequential of nn.Linear and nn.ReLU in turn."""
+    for index in range(0, 2 * layers, 2):
+        rows = rows if index == 0 else rows.clip(0)
+        weight, bias = state_dict[f"{name}.{index}.weight"], state_dict[f"{name}.{index}.bias"]
+        rows = np.array([[weight[o] @ row + bias[o] for o in range(len(bias))] for row in rows])
+    return rows
+
+
+def pooled_by(pool, state_dict, x, name):
+    """A layer as its library writes it: pool, make offsets and masks of all that, and pool again."""
+    rows = pool(x, np.zeros((len(REGIONS), 2, POOL, POOL))).reshape(len(REGIONS), -1)
+    shape = (len(REGIONS), -1, POOL, POOL)
+    if f"{name}offset_mask_fc.0.weight" in state_dict:
+        o1, o2, mask = np.split(through(rows, state_dict, f"{name}offset_mask_fc", 3).reshape(shape), 3, 1)
+        return pool(x, np.concatenate([o1, o2], axis=1)) * logistic(mask)
+    y = pool(x, through(rows, state_dict, f"{name}offset_fc", 3).reshape(shape))
+    if f"{name}mask_fc.0.weight" not in state_dict:
+        return y
+    return y * logistic(through(rows, state_dict, f"{name}mask_fc", 2)).reshape(shape)
+
+
+def branches_of(prefix, **outputs):
+    """The arrays of branches for 3 channels, with 5 hidden ones, by their number of outputs."""
+    state_dict = {}
+    for branch, made in outputs.items():
+        widths = [3 * POOL**2, 5, made] if branch == "mask_fc" else [3 * POOL**2, 5, 5, made]
+        for index, (inputs, outputs_) in enumerate(itertools.pairwise(widths)):
+            state_dict[f"{prefix}{branch}.{2 * index}.weight"] = 0.4 * drawn(outputs_, inputs)
+            state_dict[f"{prefix}{branch}.{2 * index}.bias"] = 0.4 * drawn(outputs_)
+    return state_dict
+
+
+POOLINGS = {
+    "mmcv": ("mmcv", mmcv_pool, {"offset_fc": 8}),
+    "mmcv, modulated": ("mmcv", mmcv_pool, {"offset_fc": 8, "mask_fc": 4}),
+    "CharlesShang": ("CharlesShang", authors_pool, {"offset_mask_fc": 12}),
+    "chengdazhi": ("chengdazhi", authors_pool, {"offset_fc": 8}),
+    "chengdazhi, modulated": ("chengdazhi", authors_pool, {"offset_fc": 8, "mask_fc": 4}),
+    "chengdazhi, one branch": ("chengdazhi", authors_pool, {"offset_mask_fc": 12}),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "roi_layers.0."])
+@pytest.mark.parametrize("case", POOLINGS)
+def test_a_pooling_computes_what_its_library_does(case, prefix):
+    library, pool, outputs = POOLINGS[case]
+    state_dict = branches_of(prefix, **outputs)
+    others = {"roi_layers.1.offset_fc.0.weight": drawn(1, 1)} if prefix else {}
+    read = roi_pool_from(state_dict | others, prefix.removesuffix("."), library=library)
+    assert (read.in_channels, read.bins, read.hidden_channels) == (3, POOL**2, 5)
+    assert read.modulated is (set(outputs) != {"offset_fc"})
+    assert read.shared_branch is (("offset_mask_fc" in outputs) if read.modulated else None)
+    assert read.mask_activation == ("sigmoid" if read.modulated else None)
+    assert all(read.arrays[key.removeprefix(prefix)] is value for key, value in state_dict.items())
+    layer = (ModulatedDeformRoIPool if read.modulated else DeformRoIPool).from_weights(
+        read, POOL, SCALE, SAMPLES, GAMMA
+    )
+    x = drawn(2, 3, 6, 7)
+    wanted = pooled_by(pool, state_dict, x, prefix)
+    assert np.allclose(layer.forward(x, np.array(REGIONS)), wanted, 1e-12, 1e-12)
+    first = next(iter(layer.parameters()))
+    getattr(layer, first)[:] += 1  # a copy
+    assert not np.array_equal(getattr(layer, first), next(iter(state_dict.values())))
+
+
+WRONG_POOLINGS = {
+    "nothing": ({}, ValueError, "there is no key 'p.offset_fc.0.weight'; there is none at all"),
+    "a branch of another library": (
+        branches_of("p.", offset_mask_fc=12),
+        ValueError,
+        r"^p has offset_mask_fc; a pooling of mmcv has offset_fc, or offset_fc and mask_fc",
+    ),
+    "masks alone": (branches_of("p.", mask_fc=4), ValueError, r"^p has mask_fc; a pooling of mmcv has"),
+    "an unknown key": (
+        {"p.mask_fc.3.bias": drawn(3)} | branches_of("p.", offset_fc=8, mask_fc=4),
+        ValueError,
+        r"p\.mask_fc\.3\.bias is an array .* a layer of mmcv here has 'p\.offset_fc\.0\.weight'",
+    ),
+    "another width": (
+        branches_of("p.", offset_fc=8) | {"p.offset_fc.2.weight": drawn(6, 5)},
+        ValueError,
+        r"offset_fc\.2\.weight has the shape \(6, 5\); wanted \(5, 5\), for 3 channels, 4 bins and 5 hidden",
+    ),
+    "a bias of another size": (
+        branches_of("p.", offset_fc=8) | {"p.offset_fc.4.bias": drawn(7)},
+        ValueError,
+        r"offset_fc\.4\.bias has the shape \(7,\); wanted \(8,\)",
+    ),
+    "masks of other bins": (
+        branches_of("p.", offset_fc=8, mask_fc=6),
+        ValueError,
+        r"mask_fc\.2\.weight has the shape \(6, 5\); wanted \(4, 5\)",
+    ),
+    "half an offset": (
+        branches_of("p.", offset_fc=7),
+        ValueError,
+        r"p\.offset_fc\.4\.weight has 7 outputs; wanted 2 for each bin",
+    ),
+    "no whole channel": (
+        branches_of("p.", offset_fc=10),
+        ValueError,
+        r"p\.offset_fc\.0\.weight has 12 inputs; p\.offset_fc\.4\.weight is of 5 bins: wanted a multiple",
+    ),
+    "no array": (
+        branches_of("p.", offset_fc=8) | {"p.offset_fc.2.bias": [1.0]},
+        TypeError,
+        r"p\.offset_fc\.2\.bias is \[1\.0\] \(list\); wanted a numpy\.ndarray",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_POOLINGS)
+def test_a_pooling_that_does_not_fit_is_named(case):
+    state_dict, error, message = WRONG_POOLINGS[case]
+    with pytest.raises(error, match=message):
+        roi_pool_from(state_dict, "p", library="mmcv")
+
+
+def test_poolings_of_single_libraries():
+    with pytest.raises(
+        ValueError, match="library is 'torchvision'; wanted one of 'mmcv', 'CharlesShang', 'c"
+    ):
+        roi_pool_from({}, library="torchvision")
+    with pytest.raises(
+        ValueError, match="state dict has offset_fc; a pooling of CharlesShang has offset_mask"
+    ):
+        roi_pool_from(branches_of("", offset_fc=8), library="CharlesShang")
+
+
+def test_weights_of_another_pooling_are_named():
+    plain = roi_pool_from(branches_of("", offset_fc=8), library="mmcv")
+    modulated = roi_pool_from(branches_of("", offset_fc=8, mask_fc=4), library="mmcv")
+    with pytest.raises(
+        ValueError, match=r"weights.modulated is True; wanted False, or ModulatedDeformRoIPool"
+    ):
+        DeformRoIPool.from_weights(modulated, 2)
+    with pytest.raises(ValueError, match=r"weights.modulated is False; wanted True, or DeformRoIPool"):
+        ModulatedDeformRoIPool.from_weights(plain, 2)
+    with pytest.raises(ValueError, match=r"output_size is \(2, 3\): 6 bins; the weights are of 4"):
+        DeformRoIPool.from_weights(plain, (2, 3))
+    assert DeformRoIPool.from_weights(plain, (4, 1)).output_size == (4, 1)
 
 
 # ---- other orders of channels

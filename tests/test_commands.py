@@ -11,6 +11,7 @@ import numpy
 import pytest
 
 import dcn_np
+from dcn_np import cpu
 from dcn_np.__main__ import main
 from dcn_np.commands import comparison, demo, doctor, machine, selftest
 
@@ -149,6 +150,16 @@ def test_doctor_warns_of_two_openmp_runtimes():
     assert "There are 2" in two
     assert "/b/libgomp-24e2ab19.so.1" in two
     assert "There are" not in "\n".join(doctor.render_openmp(["/a/libgomp.so.1"]))
+
+
+def test_doctor_says_why_there_is_no_openmp(monkeypatch, capsys):
+    problem = "libgomp.so.1: cannot allocate memory in static TLS block"
+    monkeypatch.setattr(cpu, "openmp_problem", problem)
+    _, report = doctor_report(capsys)
+    assert report["openmp_problem"] == cpu.NO_OPENMP.format(problem)
+    _, text = output_of(capsys, "doctor")
+    assert problem in " ".join(text.split())
+    assert "LD_PRELOAD" in text
 
 
 def test_doctor_imports_no_optional_package():
@@ -293,10 +304,11 @@ def test_an_unknown_command_is_a_usage_error(arguments):
 # the README
 
 
-def test_the_first_result_of_the_readme(capsys):
+@pytest.mark.parametrize("section", ["First result", "What a network sees"])
+def test_an_example_of_the_readme_prints_what_it_says(section, capsys):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     code, printed = re.search(
-        r"```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", readme, re.DOTALL
+        rf"## {section}\n.*?```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", readme, re.DOTALL
     ).groups()
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out == printed

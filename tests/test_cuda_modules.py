@@ -47,7 +47,10 @@ def resources(log):
 
 def threads_of(module):
     """Map each kernel of a source to the threads per block that it promises."""
-    text = re.sub(r"\n\s*", " ", modules._texts()[module.source])
+    texts = modules._texts()
+    source = texts[module.source]
+    included = [texts[name] for name in re.findall(r'#include "(\S+)"', source)]
+    text = re.sub(r"\n\s*", " ", "".join([source, *included]))
     constants = dict(re.findall(r"constexpr int (k\w+) = (\d+);", text))
     size = {name: int(value) for name, value in module.defines if value.isdigit()}
     if "DCN_BM" in size:

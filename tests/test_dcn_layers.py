@@ -13,7 +13,7 @@ from dcn_np.checkpoints import DeformConvWeights, layer_from
 from dcn_np.layers import Conv1d, Conv2d, Conv3d, DeformConv2d, ModulatedDeformConv1d, ModulatedDeformConv2d
 
 CONVS = [Conv1d, Conv2d, Conv3d]
-DEFORMABLE = [getattr(layers, name) for name in layers.__all__ if "Deform" in name]
+DEFORMABLE = [getattr(layers, name) for name in layers.__all__ if "DeformConv" in name]
 MODULATED = [layer for layer in DEFORMABLE if layer.modulated]
 EXTENTS = {1: (7,), 2: (4, 5), 3: (3, 4, 3)}
 KEYS = ["weight", "bias", "conv_offset.weight", "conv_offset.bias"]

@@ -135,6 +135,16 @@ def test_all_networks_begin_as_ordinary_ones(stored):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_the_stages_are_the_network(variant, stored):
+    network, x = perturbed(variant), data.as_input(some_digits(stored)[0]).astype(np.float64)
+    y = x
+    for stage in network.stages().values():
+        y = stage.forward(y)
+    np.testing.assert_array_equal(y[:, :, 0, 0], network.logits(x))
+    assert set(network.layers) < set(network.stages())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_differences(variant, stored):
     network, (images, labels) = perturbed(variant), some_digits(stored, 4)
     x, rng = data.as_input(images).astype(np.float64), rng_of(1)
@@ -269,13 +279,13 @@ def test_running_notices_other_answers(tmp_path, capsys, stored):
 
 def test_sampling_points_are_the_taps_in_pixels(stored):
     network, image = networks.Network("DCNv2"), some_digits(stored, 1)[0][0]
-    found = sampling.most_active(network, "DCNv2", image)
+    found = sampling.most_active(network, image)
     np.testing.assert_allclose(found.points, found.rigid)
     np.testing.assert_allclose(found.modulation, 1)
     np.testing.assert_array_equal(np.ptp(found.rigid, axis=0), [8, 8])  # two steps of 2 * 2 pixels
     bias = network.layers["conv4"].conv_offset_bias
     bias[:18:2], bias[1:18:2], bias[18:] = 0.5, -1, -100
-    moved = sampling.most_active(network, "DCNv2", image)
+    moved = sampling.most_active(network, image)
     np.testing.assert_allclose(moved.points - moved.rigid, np.tile([2.0, -4.0], (9, 1)), atol=1e-5)
     np.testing.assert_allclose(moved.modulation, 0, atol=1e-6)
 
@@ -285,7 +295,7 @@ def test_the_middle_tap_is_the_middle_of_the_pixels_that_matter():
     for layer in network.layers.values():
         layer.weight[:] = 1
     image[12, 16] = 255
-    rigid = sampling.most_active(network, "DCNv2", image).rigid
+    rigid = sampling.most_active(network, image).rigid
     network.forward(data.as_input(np.full_like(image, 255)[None]))
     grad = np.zeros_like(network.rectified[3])
     grad[:, :, 3, 4] = 1

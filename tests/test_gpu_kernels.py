@@ -209,19 +209,26 @@ def test_what_is_not_needed_is_none():
         assert np.array_equal(getattr(alone, name), getattr(whole, name))
 
 
-def test_arguments_have_one_layout_in_python_and_cpp():
+RECORDS = {
+    "arguments.hpp": ("Arguments", launching.ARGUMENTS_DTYPE),
+    "roi_arguments.hpp": ("RoIArguments", launching.ROI_ARGUMENTS_DTYPE),
+}
+
+
+@pytest.mark.parametrize("header", RECORDS)
+def test_arguments_have_one_layout_in_python_and_cpp(header):
+    name, dtype = RECORDS[header]
     module = emulated.compiled(emulated.KERNELS / "copies.cu", {"DCN_T": "float"})
-    assert module.arguments_size == launching.ARGUMENTS_DTYPE.itemsize
-    text = (emulated.KERNELS / "arguments.hpp").read_text()
-    body = re.search(r"struct Arguments \{(.*?)\n\};", text, re.DOTALL).group(1)
+    assert module.arguments_sizes[name] == dtype.itemsize
+    text = (emulated.KERNELS / header).read_text()
+    body = re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.DOTALL).group(1)
+    types = r"RoIGeometry|Geometry|Array|const void\*|void\*|int64_t"
     names = [
-        name.strip(" *")
-        for _, several in re.findall(
-            r"^  (Geometry|Array|const void\*|void\*|int64_t) ([^;]+);", body, re.MULTILINE
-        )
-        for name in several.split(",")
+        field.strip(" *")
+        for several in re.findall(rf"^  (?:{types}) ([^;]+);", body, re.MULTILINE)
+        for field in several.split(",")
     ]
-    assert names == list(launching.ARGUMENTS_DTYPE.names)
+    assert names == list(dtype.names)
 
 
 def test_types_have_the_names_of_dtypes():
@@ -232,8 +239,9 @@ def test_types_have_the_names_of_dtypes():
 def test_the_tests_for_a_gpu_run():
     """A rehearsal of `make test-gpu`, of a few cases of each kind; what needs a GPU is skipped."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+    some = "groups[0] or regions[0 or halves or hundred or 3x3 or region[roi_align or test_device"
     done = subprocess.run(
-        [*command, "-k", "groups[0] or halves or hundred or 3x3 or test_device"],
+        [*command, "-k", some],
         env=environment(DCN_NP_TEST_GPU="emulated"),
         cwd=emulated.ROOT,
         capture_output=True,

@@ -116,7 +116,8 @@ def test_rounding_is_to_nearest_even(isa, dtype):
     rng = np.random.default_rng(0)
     x = rng.integers(0, 65536, (1, 2, 64, 512), dtype=np.uint16).view(dtype)
     y = dcn_np.deform_conv(x, None, np.ones((1, 2, 1, 1), dtype))
-    wide = x.astype(np.float32)
+    with np.errstate(invalid="ignore"):  # at a signalling NaN some processors say so
+        wide = x.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         want = (wide[:, :1] + wide[:, 1:]).astype(dtype)
     assert np.array_equal(y.astype(np.float32), want.astype(np.float32), True)

@@ -31,17 +31,49 @@ MAY_IMPORT = {
     "geometry": {"messages"},
     "messages": set(),
     "backends": {"cpu", "cuda"},
-    "cpu": {"backends", "cpu._native", "geometry", "roi_geometry", "threads"},
-    "cuda": {"backends", "cuda.device", "cuda.engine", "geometry", "messages", "roi_geometry"},
+    "cpu": {"backends", "cpu._native", "cpu._openmp", "geometry", "roi_geometry", "threads"},
+    "cuda": {"backends", "cuda.device", "cuda.engine", "cuda.regions", "geometry", "roi_geometry"},
+    "cuda.copying": {"cuda.launching", "cuda.modules"},
     "cuda.device": {"cuda.launching", "cuda.modules"},
-    "cuda.engine": {"backends", "cuda.fused", "cuda.launching", "cuda.modules", "cuda.tuning", "geometry"},
+    "cuda.engine": {
+        *(
+            "backends",
+            "cuda.copying",
+            "cuda.fused",
+            "cuda.launching",
+            "cuda.modules",
+            "cuda.tuning",
+            "geometry",
+        )
+    },
+    "cuda.regions": {"backends", "cuda.copying", "cuda.launching", "cuda.modules", "roi_geometry"},
     "cuda.fused": {"cuda.launching", "cuda.modules", "geometry"},
-    "cuda.launching": {"geometry"},
+    "cuda.launching": {"geometry", "roi_geometry"},
     "cuda.modules": {"cuda.nvrtc"},
     "cuda.tuning": {"cuda.launching", "cuda.modules", "geometry"},
     "cuda.nvrtc": set(),
     "checkpoints": {"messages"},
-    "layers": {"arrays", "backends", "checkpoints", "deform_conv", "geometry", "messages"},
+    "_layer": {"arrays", "backends", "checkpoints", "messages"},
+    "_roi_layers": {"_layer", "arrays", "backends", "checkpoints", "geometry", "roi_geometry", "roi_pool"},
+    "layers": {"_layer", "_roi_layers", "arrays", "checkpoints", "deform_conv", "geometry", "messages"},
+    "analysis": {
+        *("analysis.nodes", "analysis.offset_statistics", "analysis.receptive_field", "analysis.saliency"),
+        *("analysis.sampling", "analysis.strength"),
+    },
+    "analysis.arguments": {"arrays", "messages"},
+    "analysis.nodes": {
+        *("analysis.arguments", "analysis.sampling", "analysis.strength", "arrays", "feature_mimic"),
+        *("geometry", "messages"),
+    },
+    "analysis.offset_statistics": {"analysis.sampling", "messages"},
+    "analysis.receptive_field": {"analysis.arguments", "messages"},
+    "analysis.saliency": {"analysis.arguments", "geometry", "messages"},
+    "analysis.sampling": {"arrays", "backends", "geometry", "messages"},
+    "analysis.strength": {
+        *("analysis.arguments", "arrays", "backends", "deform_conv", "docstrings", "geometry"),
+        *("roi_geometry", "roi_pool"),
+    },
+    "analysis.torch": {"analysis.nodes", "analysis.sampling", "analysis.strength", "arrays", "messages"},
     "pth": {"messages"},
     "cgroup": set(),
     "torch": {
@@ -75,6 +107,7 @@ ADAPTERS = {
     "_torch_operators",
     "_torch_regions",
     "_torch_roi_layers",
+    "analysis.torch",
     "dask",
     "jax",
     "onnx",
@@ -91,6 +124,7 @@ MAY_ALSO_REQUIRE = {
     "_torch_operators": {"torch"},
     "_torch_regions": {"torch"},
     "_torch_roi_layers": {"torch"},
+    "analysis.torch": {"torch"},
     "onnx": {"onnx", "onnxscript", "torch"},
     "paddle": {"paddle"},
     "tensorflow": {"tensorflow"},
@@ -166,7 +200,8 @@ OPERATOR_MODULES = {"deform_conv", "feature_mimic", "roi_pool"}
 
 
 def test_the_allowed_imports_have_no_cycle_between_operators_and_what_they_stand_on():
-    above = OPERATOR_MODULES | {"layers", "dcn_np"}
+    above = OPERATOR_MODULES | {"_roi_layers", "layers", "dcn_np"}
+    above |= {name for name in MAY_IMPORT if name.startswith("analysis")}
     below = set(MAY_IMPORT) - above - ADAPTERS
     assert not [name for name in below if above & MAY_IMPORT[name]]
 
@@ -322,7 +357,7 @@ def test_only_the_instruction_sets_include_the_kernels():
 
 @pytest.mark.parametrize(
     ("pattern", "owner"),
-    [(r"__attribute__\(\(vector_size", "vector.hpp"), (r"#pragma omp|<omp\.h>", "parallel.cpp")],
+    [(r"__attribute__\(\(vector_size", "vector.hpp"), (r"#pragma omp|<omp\.h>", "openmp.cpp")],
     ids=["simd", "openmp"],
 )
 def test_one_file_owns_it(pattern, owner):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dcn_np.cpu import _native
+from dcn_np.cpu import _native, _openmp
 
 ROOT = Path(__file__).parent.parent
 BUILD = runpy.run_path(str(ROOT / "setup.py"))
@@ -99,10 +99,16 @@ def test_what_every_machine_runs_uses_no_vector_extension(name):
     assert not re.search(r"%[yz]mm\d", run("objdump", "--disassemble", str(OBJECTS / name)))
 
 
-def test_the_extension_exports_its_init_function_only():
-    defined = symbols(_native.__file__, "--dynamic", "--defined-only")
+@pytest.mark.parametrize("extension", [_native, _openmp], ids=["_native", "_openmp"])
+def test_an_extension_exports_its_init_function_only(extension):
+    defined = symbols(extension.__file__, "--dynamic", "--defined-only")
     exported = [name for letter, name in defined if letter in "TDB"]
-    assert exported == ["PyInit__native"]
+    assert exported == [f"PyInit_{extension.__name__.rpartition('.')[2]}"]
+
+
+def test_the_engine_needs_no_openmp():
+    assert "libgomp" not in run("readelf", "--dynamic", _native.__file__)
+    assert "libgomp" in run("readelf", "--dynamic", _openmp.__file__)
 
 
 def test_the_extension_does_not_touch_the_floating_point_mode():

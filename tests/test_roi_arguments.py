@@ -11,7 +11,7 @@ import numpy
 import pytest
 
 import dcn_np
-from dcn_np import backends, cuda
+from dcn_np import backends
 from dcn_np.roi_geometry import ROI_GEOMETRY_DTYPE, RoIGeometry
 
 ALIGNED = ("roi_align", "deform_roi_pool", "modulated_deform_roi_pool")
@@ -291,17 +291,6 @@ def test_arrays_of_another_library_come_back_as_such():
                 assert (one is None and other is None) or numpy.array_equal(one, other.array)
     finally:
         del sys.modules[library.__name__]
-
-
-def test_a_gpu_is_refused_with_the_operators_that_run_there():
-    given = arguments("deform_roi_pool_backward")
-    arrays = [given[name] for name in ("x", "rois", "offset")]
-    geometry = RoIGeometry.of([numpy.dtype(numpy.float32)], *arrays, None, (2, 3), 1.0, 0, 0.1)
-    match = "x is an array on a GPU; .*deform_conv and modulated_deform_conv run on a GPU"
-    with pytest.raises(TypeError, match=match):
-        cuda.roi_pool(geometry, *arrays, None)
-    with pytest.raises(TypeError, match=match):
-        cuda.roi_pool_backward(geometry, given["grad_output"], *arrays, None, frozenset({"x"}))
 
 
 def test_geometry_has_what_the_kernels_read():

@@ -13,8 +13,6 @@ from roi_problems import OPERATORS, random_roi_problem
 
 from dcn_np import reference
 
-IMPLEMENTATIONS = tuple(name for name in IMPLEMENTATIONS if name != "emulated GPU")
-
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def module(request):

@@ -5,7 +5,7 @@ import time
 import ml_dtypes
 import numpy as np
 import pytest
-from problems import HALVES, implementation
+from problems import HALVES, IMPLEMENTATIONS, implementation
 from roi_problems import OPERATORS, assert_right, random_roi_problem
 from test_fuzz import same_bits
 from test_halves import assert_rounded
@@ -16,7 +16,7 @@ from dcn_np import reference
 DEFORMABLE = ("deform_roi_pool", "modulated_deform_roi_pool")
 
 
-@pytest.fixture(params=("reference", *dcn_np.available_isas()))
+@pytest.fixture(params=IMPLEMENTATIONS)
 def module(request):
     with implementation(request.param) as module:
         yield module
@@ -98,6 +98,18 @@ def test_a_pixel_beside_a_whole_coordinate_does_not_leak(module):
     assert gradients.x[0, 0, 1, 1] == 1
     assert np.count_nonzero(gradients.x) == 1
     assert np.isnan(gradients.offset).all()  # the derivative to the right sees them
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["below", "right"])
+def test_each_derivative_sees_the_pixels_of_its_axis(module, axis):
+    """The sample lies at pixel (1, 1) exactly, and the next one along an axis is infinite."""
+    x = np.zeros((1, 1, 5, 5))
+    x[0, 0, 1, 1], x[0, 0, 2, 2] = 7, np.nan
+    x[0, 0, 1 + (axis == 0), 1 + (axis == 1)] = np.inf
+    y, gradients = both(module, *one_bin((1, 1, 2, 2), x=x, mask=1), sampling_ratio=1, gamma=1)
+    assert y == gradients.mask == 7
+    by_x, by_y = gradients.offset.ravel()
+    assert (by_y, by_x) == ((np.inf, -7) if axis == 0 else (-7, np.inf))
 
 
 def test_clamped_samples_do_not_see_the_next_pixel(module):

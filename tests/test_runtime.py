@@ -4,6 +4,7 @@ What may end or disturb a process runs in one of its own.
 """
 
 import contextlib
+import hashlib
 import os
 import signal
 import subprocess
@@ -227,6 +228,32 @@ def test_a_limit_set_in_the_process_is_respected(limit):
 @pytest.mark.parametrize("variable", ["DCN_NP_NUM_THREADS", "OMP_NUM_THREADS", "OMP_THREAD_LIMIT"])
 def test_a_limit_of_the_environment_is_respected(variable):
     assert team(**{variable: "1"}) == (1, 1)
+
+
+WITHOUT_OPENMP = """
+import sys, warnings
+sys.modules["dcn_np.cpu._openmp"] = None  # its import fails
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import dcn_np
+from calls import *
+import hashlib
+from dcn_np.cpu import _native
+dcn_np.set_num_threads(2)
+before = tasks()
+results = both(problem())
+assert tasks() == before, "it started a thread"
+(only,) = caught
+assert only.category is RuntimeWarning and "LD_PRELOAD" in str(only.message), only
+assert not _native.has_threads() and dcn_np.get_num_threads() == 1
+print(hashlib.sha256(b"".join(result.tobytes() for result in results)).hexdigest())
+"""
+
+
+@linux_only
+def test_without_openmp_it_warns_once_and_computes_the_same_on_one_thread():
+    results = b"".join(result.tobytes() for result in both(problem()))
+    assert python(WITHOUT_OPENMP) == hashlib.sha256(results).hexdigest()
 
 
 @linux_only

@@ -7,6 +7,9 @@ import sys
 from numpydoc.validate import validate
 
 import dcn_np
+import dcn_np.analysis
+
+MODULES = dcn_np, dcn_np.analysis
 
 # Not asked of everyone: an extended summary and examples where the summary says it all (ES01, EX01), See Also
 # where nothing is near (SA01, SA04), where the quotes stand (GL01, GL02), what a context yields (YD01).
@@ -14,20 +17,22 @@ WAIVED = {"ES01", "EX01", "GL01", "GL02", "SA01", "SA04", "YD01"}
 
 
 def faults(name):
-    found = validate(f"dcn_np.{name}")["errors"]
-    return [f"dcn_np.{name}: {code} {text}" for code, text in found if code not in WAIVED]
+    found = validate(name)["errors"]
+    return [f"{name}: {code} {text}" for code, text in found if code not in WAIVED]
 
 
-def failed_examples(name):
-    value = getattr(dcn_np, name)
+def failed_examples(name, value):
     examples = doctest.DocTestFinder(recurse=False).find(value, name, globs={"dcn_np": dcn_np})
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     return sum(runner.run(test).failed for test in examples)
 
 
 if __name__ == "__main__":
-    names = [name for name in dcn_np.__all__ if callable(getattr(dcn_np, name))]
-    missing = [f"dcn_np.{name}: no docstring" for name in names if not inspect.getdoc(getattr(dcn_np, name))]
-    problems = missing + [fault for name in names for fault in faults(name)]
+    public = {
+        f"{module.__name__}.{name}": getattr(module, name) for module in MODULES for name in module.__all__
+    }
+    public = {name: value for name, value in public.items() if callable(value)}
+    missing = [f"{name}: no docstring" for name, value in public.items() if not inspect.getdoc(value)]
+    problems = missing + [fault for name in public for fault in faults(name)]
     print(*problems, sep="\n", end="\n" * bool(problems))
-    sys.exit(bool(problems) + sum(failed_examples(name) for name in names) > 0)
+    sys.exit(bool(problems) + sum(failed_examples(*item) for item in public.items()) > 0)

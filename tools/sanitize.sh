@@ -14,7 +14,7 @@ tests=("$@")
 if [ ${#tests[@]} -eq 0 ]; then
     tests=(
         tests/test_arguments.py tests/test_semantics.py tests/test_gradients.py tests/test_fuzz.py
-        tests/test_gpu_kernels.py tests/test_gpu_fused.py
+        tests/test_gpu_kernels.py tests/test_gpu_fused.py tests/test_gpu_regions.py
         tests/test_roi_arguments.py tests/test_roi_semantics.py tests/test_roi_fuzz.py
     )
 fi

@@ -57,7 +57,7 @@ class TrainedDigits:
         answers = network.logits(self.example["data"].as_input(images[chosen])).argmax(axis=1)
         look = self.example["sampling"].most_active
         return [
-            (images[place], int(labels[place]), int(answer), look(network, "DCNv2", images[place]))
+            (images[place], int(labels[place]), int(answer), look(network, images[place]))
             for place, answer in zip(chosen, answers, strict=True)
         ]
 

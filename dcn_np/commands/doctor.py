@@ -6,12 +6,14 @@ import argparse
 import json
 import os
 import platform
+import textwrap
 import time
 from typing import Any
 
 import numpy
 
 import dcn_np
+from dcn_np import cpu
 from dcn_np.commands import machine
 from dcn_np.commands.comparison import ALLOWED_ROUNDINGS
 from dcn_np.commands.selftest import Finding, self_test
@@ -52,6 +54,7 @@ def examine() -> Report:
         },
         "threads": {**threads_in_use(), "limits": machine.thread_limits()},
         "openmp_runtimes": machine.openmp_runtimes(),
+        "openmp_problem": cpu.openmp_problem and cpu.NO_OPENMP.format(cpu.openmp_problem),
         "optional_packages": machine.optional_packages(),
         "gpu": report_gpu(),
         "self_test": tested,
@@ -107,7 +110,7 @@ def render(report: Report) -> list[str]:
         "",
         *render_threads(report["threads"]),
         "",
-        *render_openmp(report["openmp_runtimes"]),
+        *render_openmp(report["openmp_runtimes"], report["openmp_problem"]),
         "",
         *render_optional(report["optional_packages"]),
         "",
@@ -135,15 +138,15 @@ def render_threads(threads: Report) -> list[str]:
     return lines
 
 
-def render_openmp(runtimes: list[str]) -> list[str]:
-    """Which OpenMP runtimes are loaded, with a warning about more than one."""
+def render_openmp(runtimes: list[str], problem: str | None = None) -> list[str]:
+    """Which OpenMP runtimes are loaded, with a warning about more than one, or about ours missing."""
     lines = [f"OpenMP runtimes in this process: {len(runtimes)}", *(f"  {path}" for path in runtimes)]
     if len(runtimes) > 1:
         lines += [
             f"  There are {len(runtimes)}: each keeps threads of its own. Results are not affected; if",
             "  threads compete for processors, limit one library, for example with dcn_np.set_num_threads.",
         ]
-    return lines
+    return lines if problem is None else [*lines, *(f"  {line}" for line in textwrap.wrap(problem, 100))]
 
 
 def render_optional(packages: dict[str, str | None]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,28 @@ from ..geometry import Geometry, half_dtypes
 from ..roi_geometry import RoIGeometry
 from ..threads import get_num_threads
 from . import _native
+
+NO_OPENMP = (
+    "OpenMP's runtime library cannot be loaded ({}), so dcn_np runs on one thread. If libgomp.so.1 is "
+    "missing, install it (Debian: apt install libgomp1). If this says 'static TLS block', import dcn_np "
+    "before other libraries, or start Python with the library that it names in LD_PRELOAD."
+)
+
+
+def _load_openmp() -> str | None:
+    """Give the engine threads, or return why there are none: it computes the same on one."""
+    try:
+        from . import _openmp
+    except ImportError as error:
+        return str(error)
+    _native.use_runtime(_openmp.runtime())
+    return None
+
+
+# Why there is no OpenMP; None if there is.
+openmp_problem = _load_openmp()
+if openmp_problem is not None:
+    warnings.warn(NO_OPENMP.format(openmp_problem), RuntimeWarning, stacklevel=2)
 
 os.register_at_fork(after_in_child=_native.after_fork_in_child)
 

@@ -2,7 +2,7 @@
 """Arrays to pointers: calls the C++ kernels with the GIL released. No policy, no checks of arguments."""
 
 from cpython.buffer cimport PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.pycapsule cimport PyCapsule_New
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 from libcpp cimport bool as cbool
@@ -46,6 +46,11 @@ cdef extern from "parallel.hpp" namespace "dcn" nogil:
         cbool (*pending)(void*) noexcept nogil
         void* context
 
+    cdef struct Runtime:
+        pass
+
+    void set_runtime(const Runtime*) noexcept
+    cbool has_runtime() noexcept
     int hardware_threads() noexcept
     void set_process_threads(int) noexcept
     void run_serially() noexcept
@@ -338,6 +343,16 @@ def geometry_size():
 def roi_geometry_size():
     """Return sizeof(RoIGeometry)."""
     return sizeof(RoIGeometry)
+
+
+def use_runtime(capsule):
+    """Take threads from a runtime from now on; without one every call has one thread."""
+    set_runtime(<const Runtime*> PyCapsule_GetPointer(capsule, b"dcn_np.runtime"))
+
+
+def has_threads():
+    """Return whether there is a runtime."""
+    return has_runtime()
 
 
 def openmp_threads():

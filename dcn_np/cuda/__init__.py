@@ -1,6 +1,7 @@
 """The CuPy backend: arrays on a CUDA device, computed there, on the caller's current stream.
 
     deform_conv, deform_conv_backward ─► engine     which kernels, in which order
+    roi_pool, roi_pool_backward ───────► regions    the same for pooling over regions
                                       └► device ─► modules ─► nvrtc     who runs and compiles them
 
 Only `device` imports CuPy, when the first array comes.
@@ -14,9 +15,8 @@ import numpy
 
 from ..backends import Gradients, RoIGradients
 from ..geometry import Geometry, half_dtypes
-from ..messages import NOT_ON_A_GPU
 from ..roi_geometry import RoIGeometry
-from . import engine
+from . import engine, regions
 
 
 def dtypes() -> tuple[numpy.dtype[Any], ...]:
@@ -65,8 +65,11 @@ def deform_conv_backward(
 
 
 def roi_pool(geometry: RoIGeometry, x: Any, rois: Any, offset: Any, mask: Any) -> Any:
-    """Refuse: there are no such kernels yet."""
-    raise TypeError(f"x is an array on a GPU; {NOT_ON_A_GPU}")
+    """Queue the averages of all bins; nothing waits for them."""
+    from .device import on_device_of
+
+    with on_device_of(x) as device:
+        return regions.roi_pool(device, geometry, x, rois, offset, mask)
 
 
 def roi_pool_backward(
@@ -78,5 +81,8 @@ def roi_pool_backward(
     mask: Any,
     needs: frozenset[str],
 ) -> RoIGradients:
-    """Refuse: there are no such kernels yet."""
-    raise TypeError(f"x is an array on a GPU; {NOT_ON_A_GPU}")
+    """Queue the gradients in `needs`; nothing waits for them."""
+    from .device import on_device_of
+
+    with on_device_of(x) as device:
+        return regions.roi_pool_backward(device, geometry, grad_output, x, rois, offset, mask, needs)

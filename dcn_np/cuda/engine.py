@@ -6,19 +6,18 @@ Nothing here knows CuPy: a `Device` allocates and launches, so that the tests ru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-
-import numpy
 
 from ..backends import Gradients
 from ..geometry import Geometry
 from . import fused, tuning
+from .copying import COPY_TILE, Copying, channels_last, pieces
 from .launching import MOST_BLOCKS, Device, Launch, arguments, positions_of, shape_record
-from .modules import Module, copies, plain
+from .modules import plain
 
-# Tile sizes of the plain kernels and of copies.cu.
-_TILE, _WARP, _THREADS, _COPY_TILE = 64, 32, 256, 32
+# Tile sizes of the plain kernels.
+_TILE, _WARP, _THREADS = 64, 32, 256
 
 # Fewer outputs or channels per group than this leave most of a tile empty.
 _LEAST_IN_TILE = 16
@@ -167,7 +166,8 @@ def _add_in_order(work: _Work, fields: dict[str, Any]) -> Callable[[int, int, An
     def add(first: int, count: int, columns: Any) -> None:
         images = (first + count - 1) // per_image - first // per_image + 1
         blocks = images * -(-geometry.in_channels // _THREADS)
-        work.launch(work.plain, "add_in_order", blocks, first=first, count=count, between=columns, **given)
+        numbers = {"first": first, "count": count}
+        work.launch(work.plain, "add_in_order", blocks, geometry.struct, between=columns, **numbers, **given)
 
     return add
 
@@ -198,29 +198,22 @@ def _sum_positions(work: _Work, grads: Any, result: Any) -> None:
     parts = work.parts()
     sums = work.device.empty((parts, 1, grads.shape[1], 1), work.sum_dtype)
     record = shape_record(grads.shape[0], grads.shape[1], grads.shape[2:])
-    blocks = parts * -(-grads.shape[1] // _COPY_TILE)
+    blocks = parts * -(-grads.shape[1] // COPY_TILE)
     work.launch(work.copies, "add_positions", blocks, record, x=grads, between=sums, parts=parts)
     work.add_parts(sums, result.reshape(-1, 1, 1))
 
 
-class _Work:
+class _Work(Copying):
     """One call on a device: its launches and the arrays between them."""
 
     def __init__(self, device: Device, geometry: Geometry) -> None:
-        self.device = device
+        super().__init__(device, geometry.dtype)
         self.geometry = geometry
-        self.sum_dtype = numpy.dtype(numpy.float32 if geometry.dtype.itemsize == 2 else geometry.dtype)
         self.plain = plain(geometry.dtype, geometry.position_dtype, geometry.ndim)
-        self.copies = copies(geometry.dtype)
 
     def plain_launch(self, kernel: str, blocks: int, positions: int) -> Launch:
         """Return the launch of a plain kernel."""
         return Launch(self.plain, kernel, blocks, positions)
-
-    def launch(self, module: Module, kernel: str, blocks: int, record: Any = None, **fields: Any) -> None:
-        """Launch a kernel that is not for tiles of positions; `record` in place of this call's geometry."""
-        given = arguments(self.device, self.geometry.struct if record is None else record, **fields)
-        self.device.launch(Launch(module, kernel, blocks, 1), blocks, given)
 
     def over_positions(
         self,
@@ -239,7 +232,7 @@ class _Work:
             at_once = min(at_once, most)
             shape = (at_once, self.geometry.taps, self.geometry.in_channels)
             fields["between"] = self.device.empty(shape, self.sum_dtype)
-        for first, count in _pieces(positions_of(self.geometry), at_once):
+        for first, count in pieces(positions_of(self.geometry), at_once):
             self.device.launch(launch, *self._piece(launch, first, count, fields))
             if then is not None:
                 then(first, count, fields["between"])
@@ -258,21 +251,6 @@ class _Work:
         record = arguments(self.device, self.geometry.struct, first=first, count=count, **fields)
         return -(-count // launch.positions) * launch.blocks, record
 
-    def copy(self, kernel: str, source: Any, destination: Any) -> Any:
-        """Copy between memory orders; return the destination."""
-        batch, channels, *axes = source.shape
-        record = shape_record(batch, channels, tuple(axes))
-        blocks = -(-channels // _COPY_TILE) * -(-math.prod(axes) // _COPY_TILE) * batch
-        if blocks:
-            self.launch(self.copies, kernel, blocks, record, x=source, output=destination)
-        return destination
-
-    def channels_last(self, array: Any) -> Any:
-        """Return an array whose channels lie side by side: itself, or a copy."""
-        if array.shape[1] == 1 or array.strides[1] == array.dtype.itemsize:
-            return array
-        return self.copy("copy", array, _channels_last(self.device, array.shape, array.dtype))
-
     def chunked(self, array: Any) -> Any:
         """Return images without gaps, channels-last, on a border of 16 bytes: itself, or a copy."""
         channels, height, width = array.shape[1:]
@@ -282,7 +260,7 @@ class _Work:
         dense = all(stride == right for extent, stride, right in extents if extent > 1)
         if dense and self.device.pointer(array) % 16 == 0:
             return array
-        return self.copy("copy", array, _channels_last(self.device, array.shape, array.dtype))
+        return self.copy("copy", array, channels_last(self.device, array.shape, array.dtype))
 
     def packed(self, weight: Any, order: tuple[int, int, int]) -> Any:
         """Return the weights with (out_channels, channels, taps) in another order of axes, contiguous."""
@@ -301,11 +279,6 @@ class _Work:
         self.copy("copy", vector.reshape(-1, 1, 1), new.reshape(-1, 1, 1))
         return new
 
-    def sums_of(self, result: Any) -> Any:
-        """Return an array for the sums of grad_x, channels-last: the result itself if it is so."""
-        direct = result.dtype == self.sum_dtype and result.strides[1] == result.dtype.itemsize
-        return result if direct else _channels_last(self.device, result.shape, self.sum_dtype)
-
     def parts(self, most: int = _MOST_PARTS) -> int:
         """Return into how many parts a sum over positions is cut."""
         return max(1, min(most, positions_of(self.geometry) // _POSITIONS_PER_PART))
@@ -323,14 +296,3 @@ class _Work:
         record = shape_record(outputs, channels, result.shape[2:])
         blocks = taps * -(-outputs * channels // _THREADS)
         self.launch(self.copies, "add_parts", blocks, record, between=sums, output=result, parts=parts)
-
-
-def _pieces(total: int, most: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, total, most):
-        yield first, min(most, total - first)
-
-
-def _channels_last(device: Device, shape: tuple[int, ...], dtype: Any) -> Any:
-    batch, channels, *axes = shape
-    last = device.empty((batch, *axes, channels), dtype)
-    return last.transpose(0, len(shape) - 1, *range(1, len(shape) - 1))

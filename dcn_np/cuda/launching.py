@@ -1,6 +1,7 @@
 """What a GPU kernel is launched with: the record that it is given, and what runs it.
 
-`ARGUMENTS_DTYPE` has the bytes of `Arguments` in kernels/arguments.hpp.
+`ARGUMENTS_DTYPE` has the bytes of `Arguments` in kernels/arguments.hpp, `ROI_ARGUMENTS_DTYPE` those of
+`RoIArguments` in kernels/roi_arguments.hpp.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy
 
 from ..geometry import GEOMETRY_DTYPE, RANKS, Geometry
+from ..roi_geometry import ROI_GEOMETRY_DTYPE
 
 if TYPE_CHECKING:
     from .modules import Module
@@ -24,16 +26,26 @@ ARRAY_DTYPE = numpy.dtype(
     ]
 )
 _ARRAYS = ("x", "grad_x", "offset", "mask", "output", "grad_offset", "grad_mask")
+_ROI_ARRAYS = (*_ARRAYS, "rois")
 _POINTERS = ("bias", "weight", "between")
-_NUMBERS = ("first", "count", "parts")
+_ROI_POINTERS = ("bins", "boxes")
 ARGUMENTS_DTYPE = numpy.dtype(
     [
         ("geometry", GEOMETRY_DTYPE),
         *((name, ARRAY_DTYPE) for name in _ARRAYS),
         *((name, numpy.uint64) for name in _POINTERS),
-        *((name, numpy.int64) for name in _NUMBERS),
+        *((name, numpy.int64) for name in ("first", "count", "parts")),
     ]
 )
+ROI_ARGUMENTS_DTYPE = numpy.dtype(
+    [
+        ("geometry", ROI_GEOMETRY_DTYPE),
+        *((name, ARRAY_DTYPE) for name in _ROI_ARRAYS),
+        *((name, numpy.uint64) for name in _ROI_POINTERS),
+        *((name, numpy.int64) for name in ("first", "count", "float_rois", "float_positions")),
+    ]
+)
+_RECORDS = {GEOMETRY_DTYPE: ARGUMENTS_DTYPE, ROI_GEOMETRY_DTYPE: ROI_ARGUMENTS_DTYPE}
 
 # Blocks along the one axis of a grid: CUDA takes 2^31 - 1.
 MOST_BLOCKS = 2**30
@@ -120,29 +132,29 @@ def arguments(device: Device, geometry: numpy.ndarray[Any, Any], **fields: Any) 
     device : Device
         Whose arrays these are.
     geometry : numpy.ndarray
-        A record of GEOMETRY_DTYPE.
+        A record of GEOMETRY_DTYPE or ROI_GEOMETRY_DTYPE.
     **fields
-        Fields of ARGUMENTS_DTYPE; None is left out.
+        Fields of the result's dtype; None is left out.
 
     Returns
     -------
     numpy.ndarray
-        Shape (1,), dtype ARGUMENTS_DTYPE.
+        Shape (1,), dtype ARGUMENTS_DTYPE or ROI_ARGUMENTS_DTYPE.
     """
-    record = numpy.zeros(1, ARGUMENTS_DTYPE)
+    record = numpy.zeros(1, _RECORDS[geometry.dtype])
     record["geometry"] = geometry
     for name, value in fields.items():
         if value is None:
             continue
-        if name in _ARRAYS:
+        if name in _ROI_ARRAYS:
             place(record[name][0], device.pointer(value), value.strides)
         else:
-            record[name] = value if name in _NUMBERS else device.pointer(value)
+            record[name] = device.pointer(value) if name in _POINTERS + _ROI_POINTERS else value
     return record
 
 
 def place(record: Any, pointer: int, strides: tuple[int, ...]) -> None:
-    """Fill in where an array (batch, channels, *axes) lies."""
+    """Fill in where an array (batch, channels, *axes) lies, or one without axes."""
     record["data"], record["batch"], record["channel"] = pointer, strides[0], strides[1]
     record["axis"][: len(strides) - 2] = strides[2:]
 

@@ -58,10 +58,24 @@ def copies(dtype: Any) -> Module:
     return Module("copies.cu", (("DCN_T", TYPES[str(dtype)]),))
 
 
+@cache
+def roi_pool(dtype: Any) -> Module:
+    """Return the kernel that pools over regions, in maps of a dtype."""
+    return Module("roi_pool.cu", (("DCN_T", TYPES[str(dtype)]),))
+
+
+@cache
+def roi_gradients(dtype: Any) -> Module:
+    """Return the kernels that make the gradients of that."""
+    return Module("roi_gradients.cu", (("DCN_T", TYPES[str(dtype)]),))
+
+
 def every_plain_module() -> Iterator[Module]:
     """Yield all that a call can ask for, without the fused kernels."""
     for dtype in TYPES:
         yield copies(dtype)
+        yield roi_pool(dtype)
+        yield roi_gradients(dtype)
         for position_dtype in (dtype, "float32") if dtype in HALVES else (dtype,):
             for ndim in (1, 2, 3):
                 yield plain(dtype, position_dtype, ndim)

@@ -285,12 +285,6 @@ DCN_INLINE void add_columns(const Arguments& a, int64_t first, int64_t tap, int6
   }
 }
 
-DCN_INLINE R sum_of_warp(R value) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
-  return value;
-}
-
 // Blocks: offset groups, taps, position tiles.
 template <bool kTiled>
 DCN_INLINE void walk_positions(const Arguments& a) {

@@ -24,8 +24,11 @@ using uint64_t = unsigned long long;
 #define DCN_NAN __builtin_nan("")
 #endif
 
-#if defined(__CUDACC__) || defined(DCN_EMULATION)
+#if defined(__CUDACC__)
 #define DCN_INLINE __device__ __forceinline__
+#define DCN_NAMESPACE dcn
+#elif defined(DCN_EMULATION)
+#define DCN_INLINE inline
 #define DCN_NAMESPACE dcn
 #else
 #define DCN_INLINE inline __attribute__((always_inline))

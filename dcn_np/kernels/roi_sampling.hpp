@@ -5,6 +5,7 @@
 // every instruction set, the reference among them, decides alike on which side of a border a sample lies.
 #pragma once
 
+#include "integers.hpp"
 #include "roi_geometry.hpp"
 
 namespace DCN_NAMESPACE {
@@ -49,6 +50,7 @@ struct RoIAxis {
   double margin;                  // how far outside the pixels a sample may lie
   bool counts_all;                // the average is over all samples, or over those inside
 
+  RoIAxis() = default;
   DCN_INLINE RoIAxis(const RoIGeometry& geometry, double low, double high, int axis)
       : extent(geometry.input[axis]), counts_all(!geometry.position_sensitive) {
     const double scale = geometry.spatial_scale;
@@ -98,28 +100,50 @@ DCN_INLINE RoISample roi_sample(const RoIAxis& axis, double coordinate) {
   return sample;
 }
 
-// The samples of a bin that can be inside: `count` from `first` on, one step apart, by ascending coordinates.
+// Consecutive samples of a bin.
 struct RoISpan {
   double first;
   int64_t count;
 };
 
-DCN_INLINE RoISpan roi_span(const RoIAxis& axis, double base) {
+// Those that can lie between two coordinates, as far as they are inside, and perhaps a few more.
+DCN_INLINE RoISpan roi_span(const RoIAxis& axis, double base, double from, double to) {
   constexpr double kFew = 16;  // not worth a division
   const double samples = axis.samples;
   if (samples <= kFew || axis.step == 0) return {0, static_cast<int64_t>(samples)};
-  const double last = static_cast<double>(axis.extent - 1);
-  const double a = (-axis.margin - base) / axis.step, b = (last + axis.margin - base) / axis.step;
+  const double a = (from - base) / axis.step, b = (to - base) / axis.step;
   // One more on each side, for the rounding; each sample is looked at again.
   const double low = floor_of((a < b ? a : b) - axis.centre) - 1,
                high = ceil_of((a < b ? b : a) - axis.centre) + 1;
   const double first = low > 0 ? low : 0, end = high < samples - 1 ? high : samples - 1;
-  // No more than so many lie inside. Where a region is too large for a double to tell them apart, this ends
+  // No more than so many lie there. Where a region is too large for a double to tell them apart, this ends
   // it.
-  const double step = axis.step < 0 ? -axis.step : axis.step, most = (last + 2 * axis.margin) / step + 4;
+  const double step = axis.step < 0 ? -axis.step : axis.step, most = (to - from) / step + 4;
   double count = end - first + 1;
   count = count < most ? count : most;
   return {first, count > 0 && axis.extent > 0 ? static_cast<int64_t>(count) : 0};
+}
+
+// Those that can be inside.
+DCN_INLINE RoISpan roi_span(const RoIAxis& axis, double base) {
+  return roi_span(axis, base, -axis.margin, static_cast<double>(axis.extent - 1) + axis.margin);
+}
+
+// ---- bins and the coarser grids that they belong to: of offsets, and of slices of the channels
+
+// The cell of a grid of rows and columns, numbered row by row, that a bin belongs to.
+DCN_INLINE int64_t cell_of_bin(const RoIGeometry& geometry, int64_t row, int64_t column, int64_t rows,
+                               int64_t columns) {
+  return quotient(row * rows, geometry.output[0]) * columns + quotient(column * columns, geometry.output[1]);
+}
+
+struct Range {
+  int64_t first, end;
+};
+
+// The bins along an axis that `part` of `parts` has, where bin i belongs to part floor(i * parts / bins).
+DCN_INLINE Range bins_of_part(int64_t part, int64_t parts, int64_t bins) {
+  return {ceiling(part * bins, parts), ceiling((part + 1) * bins, parts)};
 }
 
 }  // namespace DCN_NAMESPACE

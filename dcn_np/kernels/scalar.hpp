@@ -48,6 +48,14 @@ DCN_INLINE void store(BFloat16* to, float value) { to->bits = bf16_of(value); }
 DCN_INLINE void store(float* to, float value) { *to = value; }
 DCN_INLINE void store(double* to, double value) { *to = value; }
 
+// All threads of the warp take part, and all get the sum.
+template <class R>
+DCN_INLINE R sum_of_warp(R value) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += shuffle_xor(value, lanes);
+  return value;
+}
+
 // One position at a time.
 template <class T>
 struct ScalarLanes {

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy
 
 import dcn_np.layers
+from dcn_np import analysis
 
 from .architecture import convolutions
 from .data import Array, Digits
@@ -49,6 +51,14 @@ class Network:
         for conv, y in zip(reversed(convs), reversed(self.rectified), strict=True):
             grad = conv.backward(grad * (y > 0))
         return joined({name: layer.gradients for name, layer in self.layers.items()})
+
+    def stages(self) -> dict[str, Any]:
+        """Return what the network is made of, in order: what `dcn_np.analysis.of_layers` takes."""
+        *convs, classifier = self.layers.items()
+        stages: dict[str, Any] = {}
+        for name, conv in convs:
+            stages |= {name: conv, f"{name}.relu": analysis.ReLU()}
+        return stages | {"pool": analysis.GlobalAveragePool(), classifier[0]: classifier[1]}
 
     def parameters(self) -> dict[str, Array]:
         """Return the parameters themselves, such as conv3.conv_offset_weight."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy
 
-import dcn_np
+from dcn_np import analysis
 
-from .architecture import convolutions
 from .data import Array, as_input
 from .numpy_network import Network
 
@@ -22,17 +21,16 @@ class Sampling(NamedTuple):
     modulation: Array  # (taps,), 0 to 2
 
 
-def most_active(network: Network, variant: str, image: Array) -> Sampling:
+def most_active(network: Network, image: Array) -> Sampling:
     """Find where DCNv2 looks for that output of conv4 which answers most to an image (height, width)."""
-    network.forward(as_input(image[None]))
-    layer, x, y = network.layers["conv4"], network.rectified[2], network.rectified[3]
-    place = numpy.unravel_index(y[0].sum(axis=0).argmax(), y.shape[2:])
-    branch = layer.conv_offset_weight, layer.conv_offset_bias
-    made = dcn_np.deform_conv(x, None, *branch, layer.stride, layer.padding)[(0, slice(None), *place)]
-    taps = math.prod(layer.kernel_size)
+    of_node = analysis.of_layers(network.stages(), analysis.Node("conv4.relu"))
+    x = as_input(image[None])[0]
+    y = of_node.forward(x)
+    place = numpy.unravel_index(y.sum(axis=0).argmax(), y.shape[1:])
+    layer = of_node.sampled_layers(x)["conv4"]
     # Kernels of three taps, padded by one: an output lies where stride times its place is.
-    pixels = math.prod(conv.stride for conv in convolutions(variant).values())
-    # Twice the logistic function of l is 1 + tanh(l / 2).
-    rigid = numpy.array(place) + numpy.indices(layer.kernel_size).reshape(2, -1).T - 1
-    moved = rigid + made[: 2 * taps].reshape(taps, 2)
-    return Sampling(pixels * rigid, pixels * moved, 1 + numpy.tanh(made[2 * taps :] / 2))
+    rigid, points = (
+        numpy.array(layer.scale) * analysis.trace_sampling([one], [place]).positions[0]
+        for one in (replace(layer, offset=None), layer)
+    )
+    return Sampling(rigid, points, layer.mask[(0, slice(None), *place)])

@@ -3,11 +3,13 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import dcn_np
+from dcn_np import layers as plain_layers
 from dcn_np import torch as dcn_torch
 from dcn_np.torch import DeformRoIPool, ModulatedDeformRoIPool
 
@@ -30,14 +32,18 @@ BRANCHES = {
 EACH = pytest.mark.parametrize("kind", KINDS)
 
 
+def filled(module):
+    """The module with last layers that make numbers too, so that bins move and masks differ."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return module
+
+
 def built(kind, dtype=torch.float64, **given):
-    """A module whose last layers make numbers too, so that bins move and masks differ."""
     torch.manual_seed(0)
     module, options = KINDS[kind]
-    made = module(4, hidden_channels=5, dtype=dtype, **SIZES | options | given)
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    return made
+    sizes = {"in_channels": 4, "hidden_channels": 5, "dtype": dtype} | SIZES
+    return filled(module(**sizes | options | given))
 
 
 def problem(dtype=torch.float64, *, grad=True):
@@ -47,7 +53,7 @@ def problem(dtype=torch.float64, *, grad=True):
 
 
 def by_definition(module, x, rois):
-    """The layer from the plain functions over arrays and the parameters of the module."""
+    """The module from the plain functions over arrays and the parameters of the module."""
     sizes = module.output_size, module.spatial_scale
 
     def pooled(offset, mask):
@@ -113,6 +119,24 @@ def test_channels_last(kind):
     y = module(x.contiguous(memory_format=torch.channels_last), rois)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(y, module(x, rois), rtol=1e-12, atol=1e-12)
+
+
+@EACH
+def test_the_numbers_are_those_of_the_layers_without_a_framework(kind):
+    module, (x, rois) = built(kind), problem()
+    layer = getattr(plain_layers, type(module).__name__)(
+        4, hidden_channels=5, dtype=np.float64, **SIZES | KINDS[kind][1]
+    )
+    layer.load_state_dict({key: value.numpy() for key, value in module.state_dict().items()})
+    y = module(x, rois)
+    grad_output = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    y.backward(grad_output)
+    given = x.detach().numpy(), rois.numpy()
+    np.testing.assert_allclose(layer.forward(*given), y.detach().numpy(), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(layer.backward(grad_output.numpy()), x.grad.numpy(), rtol=1e-11, atol=1e-12)
+    for (key, parameter), name in zip(module.named_parameters(), layer.gradients, strict=True):
+        found = layer.gradients[name]
+        np.testing.assert_allclose(found, parameter.grad.numpy(), rtol=1e-10, atol=1e-12, err_msg=key)
 
 
 # ---- how they begin
@@ -266,3 +290,52 @@ def test_a_module_writes_itself():
         "ModulatedDeformRoIPool(\n  4, output_size=(2, 3), spatial_scale=0.5, sampling_ratio=2, gamma=0.2, "
         "position_sensitive=False\n  (offset_fc)"
     )
+
+
+# ---- layers of other libraries
+
+SEPARATE, BY_POSITION = {"shared_branch": False}, {"position_sensitive": True}
+SAVED = [
+    ("mmcv", DeformRoIPool, {}),
+    ("mmcv", ModulatedDeformRoIPool, SEPARATE),
+    ("CharlesShang", ModulatedDeformRoIPool, BY_POSITION),
+    ("chengdazhi", DeformRoIPool, BY_POSITION),
+    ("chengdazhi", ModulatedDeformRoIPool, SEPARATE | BY_POSITION),
+    ("chengdazhi", ModulatedDeformRoIPool, BY_POSITION),
+]
+
+
+@pytest.mark.parametrize(("library", "module", "options"), SAVED)
+def test_layers_of_other_libraries_are_loaded(library, module, options):
+    torch.manual_seed(0)
+    saved, other = (filled(module(4, hidden_channels=5, **SIZES | options)) for _ in range(2))
+    state = {f"roi_layers.0.{key}": value for key, value in saved.state_dict().items()}
+    x, rois = problem(torch.float32, grad=False)
+    assert not torch.equal(other(x, rois), saved(x, rois))
+    dcn_torch.load_state_dict_from(other, state | {"fc": x}, "roi_layers.0", library=library)
+    assert torch.equal(other(x, rois), saved(x, rois))
+
+
+def test_what_a_module_cannot_be():
+    state = built("separate").state_dict()
+
+    def load(kind, library="mmcv", **given):
+        dcn_torch.load_state_dict_from(built(kind, **given), state, library=library)
+
+    load("separate")
+    with pytest.raises(ValueError, match=r"the layer '' has .*'mask_fc.0.bias'.* wants .*offset_mask_fc"):
+        load("shared")
+    with pytest.raises(ValueError, match=r"the layer '' has .*'mask_fc.0.bias'.* wants .*offset_fc"):
+        load("offsets")
+    with pytest.raises(ValueError, match="masks go through sigmoid; wanted a module with that"):
+        load("separate", mask_activation="2*sigmoid")
+    with pytest.raises(ValueError, match=r"chengdazhi pools with position_sensitive=True; .* not False"):
+        load("separate", "chengdazhi")
+    with pytest.raises(
+        ValueError, match=r"offset_fc.4.weight of the layer '' has shape \(12, 5\); .* \(8, 5"
+    ):
+        load("separate", output_size=2, in_channels=6)
+    with pytest.raises(ValueError, match="library is 'torchvision'; wanted one of 'mmcv'"):
+        load("separate", "torchvision")
+    with pytest.raises(TypeError, match="module is a Linear; wanted a deformable convolution, or pooling"):
+        dcn_torch.load_state_dict_from(nn.Linear(2, 2), state, library="mmcv")

@@ -14,7 +14,9 @@ import pytest
 import test_emulation
 from calls import environment
 from problems import LAYOUTS
+from roi_problems import OPERATORS
 from test_gpu_fused import problem_of
+from test_gpu_regions import NO_REGIONS, problem_with
 
 import dcn_np
 from dcn_np.cuda import modules, nvrtc
@@ -96,6 +98,26 @@ def test_a_captured_graph_computes_anew(cupy, name, dtype):
         stream.synchronize()
         assert same(results, both(arrays, first.parameters, grad))
         stream.synchronize()
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_captured_graph_pools_other_regions(cupy, operator):
+    """A graph looks at the regions when it runs: nothing of them was decided on the host."""
+    first, second = (problem_with(region, operator) for region in [(0, 1, 1, 2, 3), NO_REGIONS["NaN"]])
+    arrays, wanted = first.map_arrays(cupy.asarray), second.map_arrays(cupy.asarray).forward(dcn_np)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        arrays.forward(dcn_np)  # loads the kernels
+        stream.synchronize()
+        stream.begin_capture()
+        result = arrays.forward(dcn_np)
+        graph = stream.end_capture()
+        arrays.rois[...] = cupy.asarray(second.rois)
+        graph.launch(stream)
+        stream.synchronize()
+    assert cupy.isnan(wanted).any()
+    assert bool(cupy.array_equal(result, wanted, equal_nan=True))
 
 
 def test_several_threads_each_on_a_stream_of_its_own(cupy):
@@ -244,6 +266,9 @@ import numpy as np
 cupy.cuda.set_allocator(None)  # every array its own allocation: a step outside is seen
 from test_gpu_fused import CASES, problem_of
 from problems import random_problem
+from roi_problems import OPERATORS, random_roi_problem
+from test_gpu_regions import NO_REGIONS, problem_with
+import dcn_np
 import test_device
 
 def run(problem):
@@ -256,6 +281,11 @@ for seed in range({cases}):
 for dtype in ("float16", "float32"):
     for name in list(CASES)[:: {step}]:
         run(problem_of(name, 1, np.dtype(dtype)))
+for operator in OPERATORS:
+    wrong = [problem_with(region, operator) for region in NO_REGIONS.values()]
+    for problem in [random_roi_problem(3, operator), *wrong]:
+        problem = problem.map_arrays(cupy.asarray)
+        problem.forward(dcn_np), problem.backward(dcn_np)
 cupy.cuda.Device().synchronize()
 print("right")
 """

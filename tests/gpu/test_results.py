@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from hardware import EMULATED, seeds
 from problems import DTYPES, HALVES, assert_close, random_problem
+from roi_problems import OPERATORS, assert_right, random_roi_problem
 from test_gpu_fused import CASES, TF32_UNITS
 from test_gpu_fused import problem_of as fused_problem
+from test_gpu_regions import NO_REGIONS, check_that_it_is_none, large_problem
 
 import dcn_np
 
@@ -104,3 +106,46 @@ def test_a_hundred_runs_give_the_same_bits(gpu, dtype):
         loose = problem.backward(gpu)
         for name in ("offset", "mask", "weight", "bias"):
             assert np.array_equal(getattr(loose, name), getattr(gradients, name))
+
+
+# ---- pooling over regions
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("block", range(10))
+def test_regions(gpu, block, operator):
+    for number in seeds(100):
+        seed = 1000 * block + number
+        kind = {
+            "vector_channels": seed % 4 == 1,
+            "non_finite": seed % 4 == 2,
+            "non_finite_values": seed % 4 == 3,
+        }
+        assert_right(random_roi_problem([seed, 20], operator, DTYPES[seed % 2], **kind), gpu)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_regions_in_halves(gpu, operator, dtype):
+    for seed in seeds(100):
+        problem = random_roi_problem([seed, 21], operator, np.float32, vector_channels=seed % 2 == 0)
+        with np.errstate(over="ignore"):
+            assert_right(problem.map_arrays(lambda array: array.astype(dtype)), gpu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_large_regions_and_a_hundred_runs(gpu, operator, dtype):
+    problem = large_problem(operator, dtype)
+    y, gradients = assert_right(problem, gpu)
+    for _ in seeds(100):
+        assert np.array_equal(problem.forward(gpu), y)
+        again = problem.backward(gpu)
+        for name in problem.differentiable:
+            assert np.array_equal(getattr(again, name), getattr(gradients, name))
+
+
+@pytest.mark.parametrize("wrong", NO_REGIONS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_what_is_no_region_is_nan(gpu, operator, wrong):
+    check_that_it_is_none(gpu, operator, NO_REGIONS[wrong])

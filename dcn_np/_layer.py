@@ -1,0 +1,164 @@
+"""What all layers without a framework share: parameters by name, state dicts, and what a backward needs."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy
+
+from .arrays import Array, kind_of
+from .backends import backend_of
+from .checkpoints import MASK_FACTORS
+from .messages import dtype_wanted, listed, shown
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+Seed = numpy.random.Generator | int | None
+
+
+class Layer:
+    """Arrays that `forward` reads, and whose gradients `backward` puts in `gradients`."""
+
+    # The names of the parameters, with those of the state dict.
+    _keys: Mapping[str, str]
+
+    dtype: numpy.dtype[Any]
+    gradients: dict[str, Array]
+    # What the last `forward` left for `backward`.
+    _kept: tuple[Any, ...] | None
+
+    def parameters(self) -> dict[str, Array]:
+        """Return the parameters by name.
+
+        Returns
+        -------
+        dict of str to array
+            The arrays themselves: what changes them in place changes the layer. `gradients` has the same
+            keys.
+
+        See Also
+        --------
+        state_dict : The same under the names of checkpoints.
+        """
+        return present(**{name: getattr(self, name) for name in self._keys})
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return the parameters under the names that checkpoints have.
+
+        Returns
+        -------
+        dict of str to array
+            The arrays themselves, not copies, with the keys of mmcv: weight and bias, of a deformable layer
+            also conv_offset.weight and conv_offset.bias, of a pooling over regions offset_fc.0.weight and so
+            on.
+
+        See Also
+        --------
+        load_state_dict : The way back.
+        save_npz : To a file.
+        """
+        return {self._keys[name]: value for name, value in self.parameters().items()}
+
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
+        """Take the parameters from a state dict; nothing changes unless all of them fit.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            Copied, in the dtype of the layer. The layer computes where these arrays are: those of CuPy move
+            it to their GPU.
+
+        Raises
+        ------
+        TypeError
+            A value is no array of floating-point numbers.
+        ValueError
+            Keys are missing or unknown, or a shape is another; or the arrays are not all of one library and
+            on one device.
+
+        See Also
+        --------
+        state_dict : The way back.
+        """
+        wanted = self.state_dict()
+        if unknown := [key for key in state if key not in wanted]:
+            raise ValueError(f"state holds {_names(unknown)}; {self!r} has {listed(list(wanted))} only")
+        if missing := [key for key in wanted if key not in state]:
+            raise ValueError(f"state has no {listed(missing)}; {self!r} has {listed(list(wanted))}")
+        kind = kind_of(**state)
+        arrays = {key: _floating(key, kind.take(key, state[key])) for key in wanted}
+        for key, value in arrays.items():
+            if value.shape != wanted[key].shape:
+                raise ValueError(f"{key} has the shape {value.shape}; {self!r} wants {wanted[key].shape}")
+        for name in self.parameters():
+            setattr(self, name, arrays[self._keys[name]].astype(self.dtype, order="C"))
+        self.gradients, self._kept = {}, None
+
+    def _remembered(self) -> tuple[Any, ...]:
+        if self._kept is None:
+            raise RuntimeError("backward without a forward before it; wanted forward(x) first")
+        return self._kept
+
+
+# ---- numbers and arrays
+
+
+def positive(name: str, value: Any) -> int:
+    """Return an integer of at least 1."""
+    wanted = "an integer, at least 1"
+    if isinstance(value, bool | numpy.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
+    if operator.index(value) < 1:
+        raise ValueError(f"{name} is {shown(value)}; wanted {wanted}")
+    return operator.index(value)
+
+
+def checked_dtype(value: DTypeLike) -> numpy.dtype[Any]:
+    """Return a dtype that is computed."""
+    try:
+        dtype = numpy.dtype(value)
+    except TypeError:
+        raise TypeError(f"dtype is {shown(value)}; wanted one of NumPy's, such as float32") from None
+    computed = backend_of(numpy.empty(0)).dtypes()
+    if dtype not in computed:
+        raise TypeError(f"dtype is {dtype}; wanted {dtype_wanted(dtype, computed)}")
+    return dtype
+
+
+def checked_activation(value: str) -> str:
+    """Check what makes masks of a branch's output."""
+    if value not in MASK_FACTORS:
+        raise ValueError(f"mask_activation is {shown(value)}; wanted one of {listed(list(MASK_FACTORS))}")
+    return value
+
+
+def present(**arrays: Array | None) -> dict[str, Array]:
+    """Return those that are not None."""
+    return {name: value for name, value in arrays.items() if value is not None}
+
+
+def namespace(array: Array) -> Any:
+    """Return the module whose functions take an array: numpy or cupy."""
+    return importlib.import_module(type(array).__module__.partition(".")[0])
+
+
+def logistic(values: Array) -> Array:
+    """Return 1 / (1 + exp(-values)), without a power that overflows."""
+    xp = namespace(values)
+    power = xp.exp(-abs(values))
+    above = 1 / (1 + power)
+    return xp.where(values >= 0, above, power * above)
+
+
+def _floating(key: str, array: Array) -> Array:
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise TypeError(f"{key} has dtype {array.dtype}; wanted floating-point numbers, such as float32")
+    return array
+
+
+def _names(keys: Sequence[Any]) -> str:
+    return ", ".join(map(shown, keys))

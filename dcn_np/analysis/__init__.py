@@ -1,0 +1,36 @@
+"""What a node of a network sees: where it samples, its receptive field, the region that it rests on.
+
+NumPy alone is needed. Each function takes arrays, or a callable that gives a response and its gradient by the
+image; `dcn_np.analysis.torch` makes such a callable of a module of PyTorch.
+"""
+
+from .nodes import GlobalAveragePool, LayersNode, Node, NodeFunction, ReLU, of_layers
+from .offset_statistics import OffsetRecord, offset_statistics, offset_table
+from .receptive_field import ReceptiveField, effective_receptive_field
+from .saliency import SaliencyStep, SalientRegion, error_bounded_saliency
+from .sampling import SampledLayer, SamplingTrace, sampling_positions, trace_sampling
+from .strength import bin_positions, effective_bins, effective_sampling
+
+__all__ = [
+    "GlobalAveragePool",
+    "LayersNode",
+    "Node",
+    "NodeFunction",
+    "OffsetRecord",
+    "ReLU",
+    "ReceptiveField",
+    "SaliencyStep",
+    "SalientRegion",
+    "SampledLayer",
+    "SamplingTrace",
+    "bin_positions",
+    "effective_bins",
+    "effective_receptive_field",
+    "effective_sampling",
+    "error_bounded_saliency",
+    "of_layers",
+    "offset_statistics",
+    "offset_table",
+    "sampling_positions",
+    "trace_sampling",
+]
