@@ -58,7 +58,7 @@ def table(runs: Sequence[Run]) -> str:
         f"| variant | parameters | steps | offset rate | seeds | {' | '.join(COLUMNS)} | s each |",
         f"|---|---|---|---|---|{'---|' * len(COLUMNS)}---|",
     ]
-    for settings in dict.fromkeys((run.steps, run.offset_factor) for run in runs):
+    for settings in sorted({(run.steps, run.offset_factor) for run in runs}):
         for variant in VARIANTS:
             same = [run for run in runs if run.variant == variant and run[2:4] == settings]
             if same:

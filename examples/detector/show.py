@@ -40,10 +40,11 @@ def main(arguments: list[str] | None = None) -> None:
     for variant in VARIANTS:
         if variant in chosen:
             found = detect_all(read_detector(args.output, chosen[variant]), test)
-            columns.append((variant, [objects(one, len(test[0].image)) for one in found]))
+            title = f"{variant}\n{chosen[variant].steps} steps"
+            columns.append((title, [objects(one, len(test[0].image)) for one in found]))
     path = args.output / f"detections-seed{args.seed}.png"
     draw(test, columns).savefig(path, dpi=100)
-    print(f"{path}: {len(test)} scenes, {', '.join(title for title, _ in columns)}")
+    print(f"{path}: {len(test)} scenes, {', '.join(title.split()[0] for title, _ in columns[1:])}")
 
 
 Objects = list[tuple[Array, Array, int, str]]  # box, mask, label and what is written beside it

@@ -283,7 +283,7 @@ def test_training_and_showing_from_end_to_end(tmp_path, capsys, monkeypatch):
         for seed in (0, 1)
     ]
     show.main(["--output", str(tmp_path)])
-    assert "ground truth, regular, DCNv2+mimic-fg" in capsys.readouterr().out
+    assert "scenes, regular, DCNv2+mimic-fg" in capsys.readouterr().out
     assert (tmp_path / "detections-seed0.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -298,11 +298,16 @@ def test_a_stored_run_is_read_as_it_was(tmp_path):
 
 def test_the_table_has_means_and_spreads():
     several = [
-        runs.Run(variant, seed, 5, 0.1, 10, 60.0, dict.fromkeys(evaluation.COLUMNS, value))
+        runs.Run(variant, seed, steps, 0.1, 10, 60.0, dict.fromkeys(evaluation.COLUMNS, value))
+        for steps in (20, 5)
         for variant, values in {"regular": (40.0, 44.0), "DCNv2": (50.0,)}.items()
         for seed, value in enumerate(values)
     ]
     assert runs.table(several).splitlines()[2:] == [
-        "| regular | 10 | 5 | – | 2 |" + " 42.0 ± 2.8 |" * 6 + " 60 |",
-        "| DCNv2 | 10 | 5 | 0.1x | 1 |" + " 50.0 |" * 6 + " 60 |",
+        line
+        for steps in (5, 20)
+        for line in (
+            f"| regular | 10 | {steps} | – | 2 |" + " 42.0 ± 2.8 |" * 6 + " 60 |",
+            f"| DCNv2 | 10 | {steps} | 0.1x | 1 |" + " 50.0 |" * 6 + " 60 |",
+        )
     ]
