@@ -27,7 +27,7 @@ build: $(VENV)/ready-dev
 	$(BIN)/python setup.py build_ext --inplace
 
 # What needs a framework, in environments of their own.
-FRAMEWORKS = torch==2.13.0 onnxscript jax 'dask[array]' distributed scikit-learn tqdm
+FRAMEWORKS = torch==2.13.0 onnxscript jax 'dask[array]' distributed scikit-learn tqdm matplotlib pycocotools scikit-image
 TENSORFLOW = 'tensorflow-cpu==2.21.*'
 PADDLE = 'paddlepaddle==3.3.*'
 test-frameworks: test-torch test-tensorflow test-paddle

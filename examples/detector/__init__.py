@@ -1,0 +1,1 @@
+"""A small Faster and Mask R-CNN on digits pasted on photographs, in six variants: README.md."""
