@@ -64,8 +64,8 @@ MAY_IMPORT = {
     },
     "analysis.torch": {"analysis.nodes", "analysis.sampling", "analysis.strength", "arrays", "messages"},
     "analysis.views": {
-        *("analysis.arguments", "analysis.receptive_field", "analysis.saliency", "analysis.sampling"),
-        *("geometry", "messages"),
+        *("analysis.arguments", "analysis.nodes", "analysis.receptive_field", "analysis.saliency"),
+        *("analysis.sampling", "geometry", "messages"),
     },
     "pth": {"messages"},
     "cgroup": set(),

@@ -226,7 +226,8 @@ def receptive_field(axes: Any, field: Any) -> Any:
     part = numpy.sqrt(_up_to_the_largest(values)(values))
     shown_at = ScalarMappable(Normalize(0, 1), FIELDS).to_rgba(part)
     shown_at[..., 3] = part
-    return _overlaid(axes, shown_at)
+    axes.imshow(shown_at, interpolation="nearest")
+    return axes
 
 
 def salient_region(axes: Any, mask: Any) -> Any:
@@ -254,7 +255,7 @@ def salient_region(axes: Any, mask: Any) -> Any:
         raise ValueError(f"mask is {shown(mask)}, {mask.dtype}; wanted (height, width), bool")
     veil = numpy.ones((*mask.shape, 4))
     veil[..., 3] = numpy.where(mask, 0, VEIL)
-    _overlaid(axes, veil)
+    axes.imshow(veil, interpolation="nearest")
     axes.add_collection(LineCollection(list(_edges(mask)), colors=VERMILION, linewidths=1.2), autolim=False)
     return axes
 
@@ -268,14 +269,6 @@ def _per_point(name: str, values: Any, positions: Array) -> Array:
 
 def _up_to_the_largest(values: Array) -> Normalize:
     return Normalize(0, float(values.max(initial=0)) or 1.0)
-
-
-def _overlaid(axes: Any, colours: Array) -> Any:
-    """Draw (height, width, RGBA) over an image, of which all stays in sight that was."""
-    limits = axes.get_xlim(), axes.get_ylim()
-    axes.imshow(colours, interpolation="nearest")
-    axes.set(xlim=limits[0], ylim=limits[1])
-    return axes
 
 
 def _edges(mask: Array) -> Array:

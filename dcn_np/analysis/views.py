@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ..geometry import checked_integers, checked_number
 from ..messages import shown
 from .arguments import checked_image
+from .nodes import LayersNode
 from .receptive_field import ReceptiveField, effective_receptive_field
 from .saliency import SalientRegion, error_bounded_saliency
 from .sampling import SampledLayer, trace_sampling
@@ -70,7 +71,7 @@ def view_node(
         The image.
     layer : str, int or None
         The convolution whose samples are told; its output must have the position of the node. None is the
-        node's own layer, or where that is no convolution the last one below it.
+        node's own layer, or in a network of `dcn_np.layers` the last convolution below it.
     levels : int
         How many layers the samples are traced through, this one and those below it.
     norm : {1, 2, numpy.inf}
@@ -115,18 +116,17 @@ def view_node(
     image = checked_image("image", image)
     if of_node.node.position is None:
         raise ValueError("the node has no position; wanted one, such as Node(layer, position=(4, 4))")
-    layers = of_node.sampled_layers(image)
-    name, chain = _chain(layers, of_node.node.layer if layer is None else layer, layer is None, levels)
+    name, chain = _chain(of_node, image, layer, levels)
     nodes = _positions(of_node.node, chain[-1])
     trace = trace_sampling(chain, nodes)
     strengths = of_node.strengths(image, norm=norm) if len(chain) == 1 else {}
     strength = None
     if name in strengths:
         strength = numpy.concatenate([strengths[name][(0, 0, slice(None), *node)] for node in nodes])
-    top, bottom = numpy.array(chain[-1].scale) * chain[-1].geometry.stride, numpy.array(chain[0].scale)
+    bottom = numpy.array(chain[0].scale)
     return NodeView(
         image,
-        top * numpy.mean(nodes, axis=0),
+        _step(chain[-1]) * numpy.mean(nodes, axis=0),
         name,
         bottom * trace.positions.reshape(-1, image.ndim - 1),
         trace.modulation.reshape(-1),
@@ -136,20 +136,32 @@ def view_node(
     )
 
 
+def step_of_nodes(of_node: Any, image: Array, layer: str | int | None = None) -> Array:
+    """Return the pixels of the image from one node to the next, axis by axis, as `view_node` takes them."""
+    return _step(_chain(of_node, image, layer, 1)[1][0])
+
+
+def _step(layer: SampledLayer) -> Array:
+    return numpy.array(layer.scale) * layer.geometry.stride
+
+
 def _chain(
-    layers: dict[str | int, SampledLayer], name: str | int | None, any_below: bool, levels: Any
+    of_node: Any, image: Array, name: str | int | None, levels: Any
 ) -> tuple[str | int, list[SampledLayer]]:
     """Return the name of the layer whose samples are told, and the layers that are traced."""
+    layers = of_node.sampled_layers(image)
     names = list(layers)
-    if name not in layers and any_below and names:
-        name = names[-1]
-    if name is None or name not in layers:
+    if name is None:
+        name = of_node.node.layer
+        if isinstance(of_node, LayersNode) and names and name not in names:
+            name = names[-1]
+    if name not in names:
         raise ValueError(f"layer is {shown(name)}; the convolutions are {names}")
     last = names.index(name) + 1
     levels = checked_number("levels", checked_integers("levels", levels, 0), 1)
     if levels > last:
         raise ValueError(f"levels is {levels}; {name!r} is layer {last} from the image: wanted 1 to {last}")
-    return name, [layers[name] for name in names[last - levels : last]]
+    return names[last - 1], [layers[one] for one in names[last - levels : last]]
 
 
 def _positions(node: Any, layer: SampledLayer) -> list[tuple[int, ...]]:
