@@ -65,19 +65,19 @@ def saw(*arguments):
 @needs_digits
 def test_the_digits_networks_are_seen_side_by_side(folder, capsys):
     pytest.importorskip("scipy")
-    assert saw("--pixel", 12, 17) == 0
+    assert saw("--pixel", 12, 19) == 0
     numbers = written(folder)
-    titles = [f"{variant} at (12, 17)" for variant in ("plain", "DCNv1", "DCNv2")]
+    titles = [f"{variant} at (12, 19)" for variant in ("plain", "DCNv1", "DCNv2")]
     assert [node["title"] for node in numbers["nodes"]] == titles
     assert all(title in capsys.readouterr().out for title in titles[:1])
     trained = demo_digits.TrainedDigits()
     image = trained.example["data"].as_input(trained.digits.images[:1])[0]
     assert numbers["image_size"] == [28, 28]
     for variant, node in zip(("plain", "DCNv1", "DCNv2"), numbers["nodes"], strict=True):
-        assert node["position"] == [3, 4]
-        assert node["place"] == [12, 16]
+        assert node["position"] == [3, 5]
+        assert node["place"] == [12, 20]
         of_node = analysis.of_layers(
-            trained.network(variant).stages(), analysis.Node("conv4.relu", position=(3, 4))
+            trained.network(variant).stages(), analysis.Node("conv4.relu", position=(3, 5))
         )
         view = analysis.view_node(of_node, image, relaxed_steps=3)
         np.testing.assert_allclose(node["sampling"]["positions"], view.positions)
@@ -191,11 +191,17 @@ WHOLE = ["image.npy", "--factory", "see_factories:stages"]
         (["image.npy", "--factory", "see_factories:wrong"], "see_factories has no function 'wrong'"),
         (["image.npy", "--factory", "see_factories:flat"], "wanted a convolution"),
         (["image.npy", "--factory", "no_such_module:f"], "No module named 'no_such_module'"),
+        (["nan.npy", *OWN[1:]], "image holds 1 number that are NaN or infinite"),
+        (["words.npy", *OWN[1:]], "words.npy has shape (2,), <U1; wanted numbers"),
         (OWN[1:], "no image"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(arguments, said, folder, capsys):
     layers.save_npz(folder / "other.npz", {"a": np.ones(1)})
+    np.save("words.npy", ["a", "b"])
+    image = np.load("image.npy")
+    image[0, 0, 0] = np.nan
+    np.save("nan.npy", image)
     assert saw(*arguments) == 1
     message = capsys.readouterr().err
     assert said in message
@@ -206,7 +212,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(arguments, said
 @needs_torch
 def test_a_factory_of_something_else_is_refused(folder, capsys):
     assert saw("image.npy", "--factory", "see_factories:number") == 1
-    assert "returned a int; wanted a mapping" in capsys.readouterr().err
+    assert "returned 3 (int); wanted a mapping" in capsys.readouterr().err
 
 
 def test_without_the_examples_a_network_is_asked_for(folder, capsys, monkeypatch):

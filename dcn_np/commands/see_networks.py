@@ -14,6 +14,7 @@ import numpy
 
 from dcn_np import analysis, layers, pth
 from dcn_np.commands import demo_digits
+from dcn_np.messages import shown
 
 Array = Any
 
@@ -135,7 +136,7 @@ def of_torch(name: str, module: Any, args: argparse.Namespace) -> Seen:
 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(
-            f"--factory {args.factory} returned a {type(module).__name__}; wanted a mapping or sequence of "
+            f"--factory {args.factory} returned {shown(module)}; wanted a mapping or sequence of "
             "stages, or a torch.nn.Module"
         )
     if args.weights is not None:
