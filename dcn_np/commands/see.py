@@ -96,7 +96,7 @@ def look(args: argparse.Namespace) -> None:
             flush=True,
         )
         found.append((name, node, view))
-    axes = plot.new_sheet(len(found), f"What nodes see: {args.image or 'a digit'}")
+    axes = plot.new_sheet(len(found), f"What nodes see: {args.image.name if args.image else 'a digit'}")
     plot.sheet(axes, [view for *_, view in found], [name.replace(" at ", "\n") for name, *_ in found])
     args.output.mkdir(parents=True, exist_ok=True)
     axes[0, 0].figure.savefig(args.output / "see.png")
