@@ -1,4 +1,4 @@
-"""python -m dcn_np {doctor,demo,bench}: the command line."""
+"""python -m dcn_np {doctor,demo,bench,see}: the command line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": "show what this installation is made of, and check that it computes correctly",
     "demo": "convolve a photograph forward and backward, check the result and draw it",
     "bench": "time the operators on the layers of real networks, beside other libraries",
+    "see": "draw what nodes of a network see in an image: samples, receptive fields, saliency regions",
 }
 
 

@@ -286,7 +286,7 @@ def test_demo_refuses_a_bad_size(size, capsys):
 # the command line
 
 
-@pytest.mark.parametrize("command", ["doctor", "demo", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "demo", "bench", "see"])
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

@@ -58,7 +58,7 @@ MAY_IMPORT = {
     "layers": {"_layer", "_roi_layers", "arrays", "checkpoints", "deform_conv", "geometry", "messages"},
     "analysis": {
         *("analysis.nodes", "analysis.offset_statistics", "analysis.receptive_field", "analysis.saliency"),
-        *("analysis.sampling", "analysis.strength"),
+        *("analysis.sampling", "analysis.strength", "analysis.views"),
     },
     "analysis.arguments": {"arrays", "messages"},
     "analysis.nodes": {
@@ -66,6 +66,7 @@ MAY_IMPORT = {
         *("geometry", "messages"),
     },
     "analysis.offset_statistics": {"analysis.sampling", "messages"},
+    "analysis.plot": {"analysis.views", "messages"},
     "analysis.receptive_field": {"analysis.arguments", "messages"},
     "analysis.saliency": {"analysis.arguments", "geometry", "messages"},
     "analysis.sampling": {"arrays", "backends", "geometry", "messages"},
@@ -74,6 +75,10 @@ MAY_IMPORT = {
         *("roi_geometry", "roi_pool"),
     },
     "analysis.torch": {"analysis.nodes", "analysis.sampling", "analysis.strength", "arrays", "messages"},
+    "analysis.views": {
+        *("analysis.arguments", "analysis.nodes", "analysis.receptive_field", "analysis.saliency"),
+        *("analysis.sampling", "geometry", "messages"),
+    },
     "pth": {"messages"},
     "cgroup": set(),
     "torch": {
@@ -101,12 +106,14 @@ MAY_IMPORT = {
     "jax": {"cpu", "geometry", "threads"},
 }
 
-# Each for one framework, which it imports; nothing imports them but, private parts, their adapter.
+# Each for one framework, or matplotlib, which it imports; nothing imports them but commands and, private
+# parts, their adapter.
 ADAPTERS = {
     "_torch_mimicking",
     "_torch_operators",
     "_torch_regions",
     "_torch_roi_layers",
+    "analysis.plot",
     "analysis.torch",
     "dask",
     "jax",
@@ -124,6 +131,7 @@ MAY_ALSO_REQUIRE = {
     "_torch_operators": {"torch"},
     "_torch_regions": {"torch"},
     "_torch_roi_layers": {"torch"},
+    "analysis.plot": {"matplotlib"},
     "analysis.torch": {"torch"},
     "onnx": {"onnx", "onnxscript", "torch"},
     "paddle": {"paddle"},

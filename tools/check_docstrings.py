@@ -8,8 +8,9 @@ from numpydoc.validate import validate
 
 import dcn_np
 import dcn_np.analysis
+import dcn_np.analysis.plot
 
-MODULES = dcn_np, dcn_np.analysis
+MODULES = dcn_np, dcn_np.analysis, dcn_np.analysis.plot
 
 # Not asked of everyone: an extended summary and examples where the summary says it all (ES01, EX01), See Also
 # where nothing is near (SA01, SA04), where the quotes stand (GL01, GL02), what a context yields (YD01).

@@ -32,8 +32,9 @@ class Node(NamedTuple):
         The layer whose output they are in, by name or number; None is the last.
     channel : int or None
         One channel; None is all of them, the feature vector.
-    position : sequence of int or None
-        One position, an index per spatial axis; None is all of them.
+    position : sequence of int or slice, or None
+        One position, an index per spatial axis; a box of positions, where entries are slices with both ends;
+        None is all of them.
     item : int
         Which entry of the first axis: 0 for the one image, or the number of a region where the output is of
         regions.
@@ -41,7 +42,7 @@ class Node(NamedTuple):
 
     layer: str | int | None = None
     channel: int | None = None
-    position: Sequence[int] | None = None
+    position: Sequence[int | slice] | None = None
     item: int = 0
 
     def within(self, shape: Sequence[int]) -> tuple[int | slice, ...]:
@@ -62,14 +63,14 @@ class Node(NamedTuple):
         TypeError
             A number of the node is no integer.
         ValueError
-            The node lies outside the output.
+            The node lies outside the output, or its box is empty.
         """
         if len(shape) < 2:
             raise ValueError(
                 f"the layer's output has shape {tuple(shape)}; wanted (items, channels, *spatial)"
             )
         whole: list[Any] = [slice(None)] * (len(shape) - 2)
-        where = whole if self.position is None else checked_integers("position", tuple(self.position), 1)
+        where = whole if self.position is None else _checked_position(self.position)
         if len(where) != len(whole):
             raise ValueError(
                 f"position is {tuple(where)}; the layer's output has shape {tuple(shape)}: wanted "
@@ -79,12 +80,31 @@ class Node(NamedTuple):
         index = (checked_integers("item", self.item, 0), channel, *where)
         names = ("item", "channel", *(f"position[{axis}]" for axis in range(len(where))))
         for name, entry, extent in zip(names, index, shape, strict=True):
-            if not isinstance(entry, slice) and not 0 <= entry < extent:
+            if entry == slice(None):
+                continue
+            if isinstance(entry, slice):
+                right, wanted = 0 <= entry.start < entry.stop <= extent, f"0 <= start < stop <= {extent}"
+            else:
+                right, wanted = 0 <= entry < extent, f"0 to {extent - 1}"
+            if not right:
                 raise ValueError(
-                    f"{name} is {entry}; the layer's output has shape {tuple(shape)}: wanted 0 to "
-                    f"{extent - 1}"
+                    f"{name} is {entry}; the layer's output has shape {tuple(shape)}: wanted {wanted}"
                 )
         return index
+
+
+def _checked_position(position: Sequence[int | slice]) -> tuple[int | slice, ...]:
+    found: list[int | slice] = []
+    for axis, entry in enumerate(position):
+        name = f"position[{axis}]"
+        if isinstance(entry, slice):
+            ends = (checked_integers(f"{name}.{end}", getattr(entry, end), 0) for end in ("start", "stop"))
+            if entry.step not in (None, 1):
+                raise ValueError(f"{name}.step is {shown(entry.step)}; wanted None")
+            found.append(slice(*ends))
+        else:
+            found.append(checked_integers(name, entry, 0))
+    return tuple(found)
 
 
 # ---- as a function of the image

@@ -180,7 +180,7 @@ class SampledLayer:
         Blocks of channels with offsets and masks of their own.
     scale : float or sequence of float
         Pixels of the image from one pixel of the input to the next, per spatial axis: the product of the
-        strides below. Only `offset_statistics` reads it.
+        strides below. `offset_statistics` and `view_node` read it.
 
     Attributes
     ----------

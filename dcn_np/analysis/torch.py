@@ -80,6 +80,8 @@ class ModuleNode(NodeFunction):
             return self.module(self._image, *self.arguments)
 
     def _gradients(self, grad_features: Array, tensors: list[Tensor]) -> list[Tensor]:
+        if not tensors:  # which autograd refuses
+            return []
         direction = torch.as_tensor(grad_features).to(self._features)
         found = torch.autograd.grad(
             self._features, tensors, direction, allow_unused=True, materialize_grads=True

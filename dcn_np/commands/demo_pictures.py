@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import numpy
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -14,10 +13,20 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon, Rectangle
 
 import dcn_np
+from dcn_np.analysis.plot import (
+    AREA,
+    BLACK,
+    ORANGE,
+    VERMILION,
+    YELLOW,
+    label_pixels,
+    new_figure,
+    show_image,
+)
+from dcn_np.analysis.plot import sampling_points as draw_points
 from dcn_np.commands.demo_problem import (
     DILATION,
     KERNEL,
-    LUMINANCE,
     MAGNIFICATION,
     TURN_DEGREES,
     Problem,
@@ -28,11 +37,8 @@ from dcn_np.commands.demo_problem import (
 
 Array = Any
 
-# The palette of Okabe and Ito, told apart with every kind of colour vision.
-ORANGE, VERMILION, YELLOW, BLACK = "#E69F00", "#D55E00", "#F0E442", "#000000"
 SIGNED = "PuOr"  # diverging, safe for colour-blind eyes: purple and orange about white
 
-MARKER_AREA = 70.0  # square points, of a marker with modulation 1
 LATTICE = 11  # output positions drawn per axis in the overviews
 CLOSE_UPS = (
     (0.545, 0.46),
@@ -42,14 +48,6 @@ CLOSE_UPS = (
 LONGEST_ARROW = 3.0  # pixels
 EDGE_FILTER = 1
 AROUND_DIGIT = 9.0  # pixels shown around a digit's image, for the points that leave it
-
-
-def new_figure(width: float, height: float, title: str) -> Figure:
-    """Return an empty figure, sizes in inches, that no window system is asked about."""
-    figure = Figure(figsize=(width, height), dpi=110, layout="compressed")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=15)
-    return figure
 
 
 def sampling_points(problem: Problem) -> Figure:
@@ -92,7 +90,7 @@ def close_up_positions(size: int) -> list[tuple[int, int]]:
 def draw_overview(axes: Any, problem: Problem, points: Array, weights: Array) -> None:
     """Draw the middle points of a lattice of outputs on the whole photo, and the boxes of the close-ups."""
     size, middle = problem.size, KERNEL * KERNEL // 2
-    show_photo(axes, problem)
+    show_image(axes, problem.x[0])
     lattice = numpy.linspace(0, size - 1, LATTICE + 2).round().astype(int)[1:-1]
     rows, columns = (index.ravel() for index in numpy.meshgrid(lattice, lattice, indexing="ij"))
     draw_points(axes, points[rows, columns, middle], weights[rows, columns, middle])
@@ -131,7 +129,7 @@ def add_legend(axes: Any) -> None:
             [],
             linestyle="",
             marker="o",
-            markersize=math.sqrt(MARKER_AREA * weight),
+            markersize=math.sqrt(AREA * weight),
             color=ORANGE,
             markeredgecolor=BLACK,
             label=f"modulation {weight:g}",
@@ -156,16 +154,9 @@ def box_around(points: Array) -> Array:
 
 def draw_close_up(axes: Any, problem: Problem, points: Array, weights: Array) -> None:
     """Draw all points of one output on the pixels around them."""
-    show_photo(axes, problem)
+    show_image(axes, problem.x[0])
     draw_points(axes, points, weights)
     frame(axes, points)
-
-
-def draw_points(axes: Any, points: Array, weights: Array) -> None:
-    """Draw points (count, 2) as (y, x), their area in proportion to their modulation."""
-    axes.scatter(
-        points[:, 1], points[:, 0], s=MARKER_AREA * weights, color=ORANGE, edgecolor=BLACK, linewidth=0.8
-    )
 
 
 def frame(axes: Any, points: Array) -> None:
@@ -180,19 +171,6 @@ def close_up_reach() -> float:
     return 1.5 * DILATION * (KERNEL // 2) + 1
 
 
-def show_photo(axes: Any, problem: Problem) -> None:
-    """Draw the photo with pixel coordinates."""
-    axes.imshow(problem.x[0].transpose(1, 2, 0).clip(0, 1), interpolation="nearest")
-    label_pixels(axes)
-
-
-def label_pixels(axes: Any) -> None:
-    """Label both axes in pixels."""
-    axes.set_xlabel("x (pixels)", fontsize=9)
-    axes.set_ylabel("y (pixels)", fontsize=9)
-    axes.tick_params(labelsize=8)
-
-
 def responses(problem: Problem, y: Array) -> Figure:
     """Draw the photo, and each filter with its response."""
     figure = new_figure(
@@ -203,7 +181,7 @@ def responses(problem: Problem, y: Array) -> Figure:
         "offsets say so, and fades to the borders because the modulation does.",
     )
     axes = figure.subplots(3, 3).ravel()
-    show_photo(axes[0], problem)
+    show_image(axes[0], problem.x[0])
     draw_frame(axes[0], deformed_points(rigid_points(problem.size), problem.size))
     axes[0].set_title("the photo; dashed: what the maps show", fontsize=12)
     for place, name, weight, response in zip(axes[1:], problem.names, problem.weight, y[0], strict=True):
@@ -264,7 +242,7 @@ def gradient(
 
 def draw_reach(axes: Any, problem: Problem, points: Array, row: int, column: int) -> None:
     """Draw the whole photo with the output's own position and the patch that it reads."""
-    show_photo(axes, problem)
+    show_image(axes, problem.x[0])
     reach = close_up_reach()
     top, left = points.mean(axis=0) - reach
     axes.annotate(
@@ -300,7 +278,7 @@ def draw_grad_x(figure: Figure, axes: Any, problem: Problem, grad_x: Array, poin
     total = grad_x[0].sum(axis=0)
     largest = float(numpy.abs(total).max()) or 1.0
     scale = ScalarMappable(Normalize(-largest, largest), SIGNED)
-    show_pale(axes, problem)
+    show_image(axes, problem.x[0], pale=True)
     colours = scale.to_rgba(total)
     colours[..., 3] = numpy.sqrt(numpy.abs(total) / largest)  # clear where the photo does not matter
     axes.imshow(colours, interpolation="nearest")
@@ -322,7 +300,7 @@ def draw_grad_x(figure: Figure, axes: Any, problem: Problem, grad_x: Array, poin
 
 def draw_grad_offset(axes: Any, problem: Problem, grad_offset: Array, points: Array) -> None:
     """Draw the way in which each sampling point has to move for the output to rise."""
-    show_pale(axes, problem)
+    show_image(axes, problem.x[0], pale=True)
     longest = float(numpy.linalg.norm(grad_offset, axis=-1).max()) or 1.0
     axes.quiver(
         points[:, 1],
@@ -347,13 +325,6 @@ def draw_grad_offset(axes: Any, problem: Problem, grad_offset: Array, points: Ar
     )
 
 
-def show_pale(axes: Any, problem: Problem) -> None:
-    """Draw the photo in light greys, as a background."""
-    axes.imshow(
-        numpy.tensordot(LUMINANCE, problem.x[0], 1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest"
-    )
-
-
 def digits(samplings: list[tuple[Array, int, int, Any]]) -> Figure:
     """Draw (image, label, answer, sampling) of ten digits: what the network answers, and where it looks."""
     figure = new_figure(
@@ -361,15 +332,14 @@ def digits(samplings: list[tuple[Array, int, int, Any]]) -> Figure:
         7.5,
         "Trained DCNv2: where one output of the last convolution looks\n"
         "White crosses: the rigid grid. Points: where the offsets move it; the larger, the more it counts. "
-        "Outside the image (grey) lie zeros.",
+        "Outside the image (blue) lie zeros.",
     )
     for axes, (image, label, answer, sampling) in zip(figure.subplots(2, 5).ravel(), samplings, strict=True):
-        axes.imshow(image, cmap="gray")
+        show_image(axes, image[None] / 255, around=AROUND_DIGIT)
         ways = numpy.stack([sampling.rigid, sampling.points])
         axes.plot(ways[..., 1], ways[..., 0], color=ORANGE, linewidth=0.8)
         axes.plot(sampling.rigid[:, 1], sampling.rigid[:, 0], "+", color="white", markersize=6)
         draw_points(axes, sampling.points, sampling.modulation)
-        ends = -AROUND_DIGIT, len(image) + AROUND_DIGIT
-        axes.set(xticks=[], yticks=[], xlim=ends, ylim=ends[::-1], facecolor="#777777")
+        axes.set(xticks=[], yticks=[], xlabel="", ylabel="")
         axes.set_title(f"{answer}" if answer == label else f"{answer}, but it is a {label}", fontsize=13)
     return figure

@@ -166,6 +166,26 @@ class Given(nn.Module):
         return self.deform(x, self.offsets(x), mask=torch.sigmoid(self.masks(x)))
 
 
+@pytest.mark.parametrize("variant", ["plain", "DCNv2"])
+def test_a_view_is_that_without_torch(variant):
+    (stages, module), node = digits_both(variant), Node("conv4", position=(2, 3))
+    layers, module = (
+        analysis.view_node(of_node, image_of(), relaxed_steps=2)
+        for of_node in (analysis.of_layers(stages, node), of_module(module, node))
+    )
+    np.testing.assert_allclose(module.positions, layers.positions, rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(module.place, layers.place)
+    if variant == "plain":
+        assert module.strength is None
+    else:
+        np.testing.assert_allclose(module.strength, layers.strength, rtol=1e-6)
+
+
+def test_a_module_without_deformable_convolutions_has_no_strengths():
+    of_node = of_module(nn.Conv2d(1, 2, 3).eval(), Node(position=(1, 1)))
+    assert of_node.strengths(np.ones((1, 6, 6), "float32")) == {}
+
+
 def test_layers_that_are_given_their_offsets():
     torch.manual_seed(1)
     module, image = Given().eval(), np.random.default_rng(2).normal(size=(2, 24, 20))

@@ -1,0 +1,175 @@
+"""All that the analyses tell of one node for one image, together: what a picture of it is drawn from."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy
+from numpy.typing import NDArray
+
+from ..geometry import checked_integers, checked_number
+from ..messages import shown
+from .arguments import checked_image
+from .nodes import LayersNode
+from .receptive_field import ReceptiveField, effective_receptive_field
+from .saliency import SalientRegion, error_bounded_saliency
+from .sampling import SampledLayer, trace_sampling
+
+Array: TypeAlias = NDArray[Any]
+
+
+class NodeView(NamedTuple):
+    """What a node sees in an image; coordinates are in pixels of the image, axes in its order.
+
+    Parameters
+    ----------
+    image : numpy.ndarray, shape (channels, *spatial)
+        The image.
+    place : numpy.ndarray, shape (ndim,), float64
+        Where the node lies; of a box of positions the middle.
+    layer : str or int
+        The layer whose sampling is shown.
+    positions : numpy.ndarray, shape (points, ndim), float64
+        Where the node samples.
+    modulation : numpy.ndarray, shape (points,), float64
+        The factor of each point.
+    strength : numpy.ndarray, shape (points,), float64, or None
+        How much each point counts, as `effective_sampling` defines it; None where that is not known.
+    field : ReceptiveField
+        The effective receptive field for this image.
+    region : SalientRegion
+        The error-bounded saliency region.
+    """
+
+    image: Array
+    place: Array
+    layer: str | int
+    positions: Array
+    modulation: Array
+    strength: Array | None
+    field: ReceptiveField
+    region: SalientRegion
+
+
+def view_node(
+    of_node: Any,
+    image: Any,
+    layer: str | int | None = None,
+    *,
+    levels: int = 1,
+    norm: float = 2,
+    **saliency: Any,
+) -> NodeView:
+    """Tell what a node sees in an image: its samples, its receptive field, the region that it rests on.
+
+    Parameters
+    ----------
+    of_node : LayersNode or dcn_np.analysis.torch.ModuleNode
+        A feature vector at a position, or at a box of positions: `node.position` is given.
+    image : array, shape (channels, *spatial)
+        The image.
+    layer : str, int or None
+        The convolution whose samples are told; its output must have the position of the node. None is the
+        node's own layer, or in a network of `dcn_np.layers` the last convolution below it.
+    levels : int
+        How many layers the samples are traced through, this one and those below it.
+    norm : {1, 2, numpy.inf}
+        As for `effective_receptive_field` and `effective_sampling`.
+    **saliency
+        What `error_bounded_saliency` takes by name, such as `epsilon`.
+
+    Returns
+    -------
+    NodeView
+        What `dcn_np.analysis.plot` draws.
+
+    Raises
+    ------
+    TypeError
+        An argument of the wrong kind.
+    ValueError
+        A node without a position or outside the layer's output, layers that are no chain, or whatever the
+        analyses refuse.
+
+    See Also
+    --------
+    trace_sampling : The points, for many nodes.
+
+    Notes
+    -----
+    A position p of a layer's input is taken to lie at ``scale * p`` of the image, with the layer's scale:
+    exact where every window below is padded by half of its reach. The points are those of the first offset
+    group. Strengths are told where one level is traced; through several they are not defined.
+
+    Examples
+    --------
+    >>> import numpy
+    >>> from dcn_np.analysis import Node, of_layers, view_node
+    >>> from dcn_np.layers import DeformConv2d
+    >>> of_node = of_layers([DeformConv2d(1, 8, 3, padding=1, rng=0)], Node(position=(4, 4)))
+    >>> image = numpy.random.default_rng(0).random((1, 9, 9), "float32")
+    >>> view = view_node(of_node, image, epsilon=0.01)
+    >>> view.positions.shape, view.region.error <= 0.01
+    ((9, 2), True)
+    """
+    image = checked_image("image", image)
+    if of_node.node.position is None:
+        raise ValueError("the node has no position; wanted one, such as Node(layer, position=(4, 4))")
+    name, chain = _chain(of_node, image, layer, levels)
+    nodes = _positions(of_node.node, chain[-1])
+    trace = trace_sampling(chain, nodes)
+    strengths = of_node.strengths(image, norm=norm) if len(chain) == 1 else {}
+    strength = None
+    if name in strengths:
+        strength = numpy.concatenate([strengths[name][(0, 0, slice(None), *node)] for node in nodes])
+    bottom = numpy.array(chain[0].scale)
+    return NodeView(
+        image,
+        _step(chain[-1]) * numpy.mean(nodes, axis=0),
+        name,
+        bottom * trace.positions.reshape(-1, image.ndim - 1),
+        trace.modulation.reshape(-1),
+        strength,
+        effective_receptive_field(of_node, [image], norm=norm),
+        error_bounded_saliency(of_node.cosine_error(image), image, **saliency),
+    )
+
+
+def step_of_nodes(of_node: Any, image: Array, layer: str | int | None = None) -> Array:
+    """Return the pixels of the image from one node to the next, axis by axis, as `view_node` takes them."""
+    return _step(_chain(of_node, image, layer, 1)[1][0])
+
+
+def _step(layer: SampledLayer) -> Array:
+    return numpy.array(layer.scale) * layer.geometry.stride
+
+
+def _chain(
+    of_node: Any, image: Array, name: str | int | None, levels: Any
+) -> tuple[str | int, list[SampledLayer]]:
+    """Return the name of the layer whose samples are told, and the layers that are traced."""
+    layers = of_node.sampled_layers(image)
+    names = list(layers)
+    if name is None:
+        name = of_node.node.layer
+        if isinstance(of_node, LayersNode) and names and name not in names:
+            name = names[-1]
+    if name not in names:
+        raise ValueError(f"layer is {shown(name)}; the convolutions are {names}")
+    last = names.index(name) + 1
+    levels = checked_number("levels", checked_integers("levels", levels, 0), 1)
+    if levels > last:
+        raise ValueError(f"levels is {levels}; {name!r} is layer {last} from the image: wanted 1 to {last}")
+    return names[last - 1], [layers[one] for one in names[last - levels : last]]
+
+
+def _positions(node: Any, layer: SampledLayer) -> list[tuple[int, ...]]:
+    """Return all positions of a node, one or those of a box."""
+    index = node.within((node.item + 1, (node.channel or 0) + 1, *layer.geometry.output))[2:]
+    extents = layer.geometry.output
+    axes = (
+        range(extent)[entry] if isinstance(entry, slice) else [entry]
+        for entry, extent in zip(index, extents, strict=True)
+    )
+    return list(itertools.product(*axes))
