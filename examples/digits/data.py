@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy
-from scipy.ndimage import map_coordinates, zoom
 
 Array = Any
 
@@ -23,7 +23,6 @@ DEGREES = 60.0  # turned uniformly by at most so much to either side
 SHIFT = 2.5  # pixels of the canvas, likewise along each axis
 BEND = 1.2  # standard deviation, in pixels of the canvas, of the displacement at the nodes ...
 NODES = 4  # ... of a lattice of so many by so many, cubic between them
-BETWEEN_NODES = zoom(numpy.eye(NODES), (CANVAS / NODES, 1), order=3, mode="nearest")
 
 
 class Digits(NamedTuple):
@@ -56,12 +55,23 @@ def warped(digits: Digits, rng: numpy.random.Generator) -> Digits:
     return digits._replace(images=numpy.array([warp(image, rng) for image in digits.images], numpy.uint8))
 
 
+@functools.cache
+def between_nodes() -> Array:
+    """Return how much each node of the lattice moves each pixel of an axis: (CANVAS, NODES)."""
+    from scipy.ndimage import zoom
+
+    weights: Array = zoom(numpy.eye(NODES), (CANVAS / NODES, 1), order=3, mode="nearest")
+    return weights
+
+
 def warp(image: Array, rng: numpy.random.Generator) -> Array:
     """Sample an original where a random similarity and a smooth random displacement say."""
+    from scipy.ndimage import map_coordinates  # the trained networks run without it: examples/edge
+
     angle = numpy.deg2rad(rng.uniform(-DEGREES, DEGREES))
     scale = PIXELS_PER_PIXEL * numpy.exp(rng.uniform(*numpy.log(SCALES)))
     shift = rng.uniform(-SHIFT, SHIFT, (2, 1, 1))
-    bend = BETWEEN_NODES @ rng.normal(0, BEND, (2, NODES, NODES)) @ BETWEEN_NODES.T
+    bend = between_nodes() @ rng.normal(0, BEND, (2, NODES, NODES)) @ between_nodes().T
     turn = numpy.array([[numpy.cos(angle), -numpy.sin(angle)], [numpy.sin(angle), numpy.cos(angle)]])
     place = numpy.indices((CANVAS, CANVAS)) - (CANVAS - 1) / 2 - shift + bend
     source = numpy.tensordot(turn, place, 1) / scale + (SIDE - 1) / 2
