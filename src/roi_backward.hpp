@@ -23,11 +23,13 @@ struct RoIBackwardPlan : RoIPlan {
   Planes grad_output, grad_offset, grad_mask;
   bool grads_at_x, grads_at_positions;
   int64_t class_blocks, blocks;  // of a slice
+  int64_t together;              // blocks of a class that an item takes
   int64_t strip;                 // regions
   int64_t rounds;                // images at a time
   int threads;
 
-  static constexpr int64_t kBlock = 2 * kLanes<T>, kTileBins = 64;
+  // Blocks that share the locating of a bin: it takes a third of the time where every block locates for itself.
+  static constexpr int64_t kBlock = 2 * kLanes<T>, kTileBins = 64, kTogether = 4;
   static_assert(kTileBins <= kCopyPixels);
 
   RoIBackwardPlan(const RoIBackwardArguments& arguments, int threads)
@@ -43,6 +45,9 @@ struct RoIBackwardPlan : RoIPlan {
         class_blocks(ceiling(class_outputs, kBlock)),
         blocks(class_blocks * geometry.classes),
         threads(threads) {
+    // Never less than an item for each thread, as far as there are blocks: it decides no bit.
+    const int64_t all = class_blocks * geometry.classes * x.count * geometry.batch;
+    together = clamp(least(all / (2 * threads), class_blocks), 1, kTogether);
     constexpr int64_t kDotsBytes = 6 << 20, kLeast = 16;
     const int64_t bytes = bins * blocks * kDotsPerBin * static_cast<int64_t>(sizeof(T)) + 1;
     strip = grads_at_positions ? clamp(kDotsBytes / bytes, least(kLeast, geometry.rois), geometry.rois)
@@ -53,6 +58,7 @@ struct RoIBackwardPlan : RoIPlan {
   size_t grad_x_elements() const { return grads_at_x ? grad_x.image_elements() : 0; }
   int64_t dots_elements() const { return grads_at_positions ? strip * bins * blocks * kDotsPerBin : 0; }
 
+  int64_t items() const { return x.count * geometry.classes * ceiling(class_blocks, together); }
   RoIBlock block(int64_t index) const {
     const int64_t class_id = index / class_blocks, within = index % class_blocks * kBlock;
     return {class_id * class_outputs + within, least(kBlock, class_outputs - within), class_id};
@@ -63,7 +69,7 @@ template <class T>
 struct RoIBackwardBuffers {
   struct PerThread {
     PatchBuffers<T> patch;
-    T* gradients;  // of a tile of bins, channels-last
+    T* gradients;  // of a tile of bins, channels-last, block by block
   };
   T* x;
   T* grad_x;
@@ -77,7 +83,7 @@ struct RoIBackwardBuffers {
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
       const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
-                              space.take<T>(plan.kTileBins * plan.kBlock)};
+                              space.take<T>(plan.kTileBins * plan.kBlock * plan.together)};
       if (thread) thread[i] = mine;
     }
   }
@@ -150,36 +156,55 @@ class RoIBackwardRun {
     const int64_t begin = plan_.begins[first_image_], end = plan_.begins[first_image_ + images_];
     for (int64_t first = begin; first < end; first += plan_.strip) {
       const int64_t last = least(first + plan_.strip, end);
-      const int64_t items = slices() * plan_.blocks;
+      const int64_t items = plan_.items(), of_class = ceiling(plan_.class_blocks, plan_.together);
       const bool finished = team_.run(items * images_, [&](int64_t item, int thread) {
-        const int64_t slot = item / items, at = item % items;
-        visit_block(slot, at / plan_.blocks, at % plan_.blocks, first, last, thread);
+        const int64_t at = item % items, group = at % of_class,
+                      class_id = at / of_class % plan_.geometry.classes;
+        const int64_t within = group * plan_.together;
+        visit_blocks(item / items, at / of_class / plan_.geometry.classes,
+                     class_id * plan_.class_blocks + within,
+                     least(plan_.together, plan_.class_blocks - within), first, last, thread);
       });
       if (!finished || !combine(first, last)) return false;
     }
     return true;
   }
 
-  // The regions first to last, in the order by images, that lie in the image.
-  void visit_block(int64_t slot, int64_t slice, int64_t index, int64_t first, int64_t last, int thread) {
+  // A block of an item: its pixels, and the gradients of a tile of bins.
+  struct Visited {
+    RoIBlock block;
+    int64_t index;
+    Pixels<2> x, grad_x;
+    T* gradients;
+  };
+
+  // `count` blocks of a class; the regions first to last, in the order by images, that lie in the image.
+  void visit_blocks(int64_t slot, int64_t slice, int64_t index, int64_t count, int64_t first, int64_t last,
+                    int thread) {
     const int64_t begin = plan_.begins[first_image_ + slot], end = plan_.begins[first_image_ + slot + 1];
-    const RoIBlock block = plan_.block(index);
-    const Pixels<2> x =
-        plan_.grads_at_positions ? view(plan_.x, buffers_.x, slot, slice, block) : Pixels<2>{};
-    const Pixels<2> grad_x =
-        plan_.grads_at_x ? view(plan_.grad_x, buffers_.grad_x, slot, slice, block) : Pixels<2>{};
+    Visited blocks[RoIBackwardPlan<T>::kTogether];
+    for (int64_t i = 0; i < count; ++i) {
+      const RoIBlock block = plan_.block(index + i);
+      blocks[i] = {
+          block, index + i, {}, {}, buffers_.thread[thread].gradients + i * plan_.kTileBins * plan_.kBlock};
+      if (plan_.grads_at_positions) blocks[i].x = view(plan_.x, buffers_.x, slot, slice, block);
+      if (plan_.grads_at_x) blocks[i].grad_x = view(plan_.grad_x, buffers_.grad_x, slot, slice, block);
+    }
+    const int64_t class_id = blocks[0].block.class_id;
     for (int64_t at = begin > first ? begin : first; at < least(end, last); ++at) {
       Patch<T> patch(plan_, buffers_.thread[thread].patch, plan_.order[at]);
-      for_each_tile(slice, [&](int64_t bin, int64_t count) {
+      for_each_tile(slice, [&](int64_t bin, int64_t bins) {
         if (!team_.keep_going(thread)) return;
-        T* gradients = buffers_.thread[thread].gradients;
-        copy_gradients(plan_.order[at], bin, count, block, gradients);
-        for (int64_t i = 0; i < count; ++i) {
+        for (int64_t b = 0; b < count; ++b)
+          copy_gradients(plan_.order[at], bin, bins, blocks[b].block, blocks[b].gradients);
+        for (int64_t i = 0; i < bins; ++i) {
           if (plan_.grads_at_positions)
-            patch.template locate<true>(bin + i, block.class_id);
+            patch.template locate<true>(bin + i, class_id);
           else
-            patch.template locate<false>(bin + i, block.class_id);
-          visit(patch, x, grad_x, block, gradients + i * block.count, dots_of(at - first, bin + i, index));
+            patch.template locate<false>(bin + i, class_id);
+          for (int64_t b = 0; b < count; ++b)
+            visit(patch, blocks[b], blocks[b].gradients + i * blocks[b].block.count,
+                  dots_of(at - first, bin + i, blocks[b].index));
         }
       });
     }
@@ -208,20 +233,21 @@ class RoIBackwardRun {
     stored.copy_to(count, block.count, {to, block.count, 1});
   }
 
-  void visit(const Patch<T>& patch, const Pixels<2>& x, const Pixels<2>& grad_x, const RoIBlock& block,
-             const T* gradient, T* dots) const {
+  void visit(const Patch<T>& patch, const Visited& visited, const T* gradient, T* dots) const {
+    const int64_t channels = visited.block.count;
     if (!patch.touches) {
       if (plan_.grads_at_positions) __builtin_memset(dots, 0, kDotsPerBin * sizeof(T));
       return;
     }
     if (plan_.grads_at_positions) {
       if (patch.plain())
-        dot_patch<T, true>(patch.rows, patch.columns, x, block.count, gradient, dots);
+        dot_patch<T, true>(patch.rows, patch.columns, visited.x, channels, gradient, dots);
       else
-        dot_patch<T, false>(patch.rows, patch.columns, x, block.count, gradient, dots);
+        dot_patch<T, false>(patch.rows, patch.columns, visited.x, channels, gradient, dots);
     }
     if (plan_.grads_at_x)
-      scatter_patch<T>(patch.rows, patch.columns, grad_x, block.count, gradient, patch.inverse * patch.mask);
+      scatter_patch<T>(patch.rows, patch.columns, visited.grad_x, channels, gradient,
+                       patch.inverse * patch.mask);
   }
 
   T* dots_of(int64_t region, int64_t bin, int64_t block) const {
