@@ -87,33 +87,28 @@ def extensions(flags, link_flags):
     """Describe the extension modules; the engine's relinks when anything in the libraries changed."""
     from Cython.Build import cythonize
 
+    stable = {"define_macros": [("Py_LIMITED_API", LIMITED_API)], "py_limited_api": True}
+    cpp = {**stable, "language": "c++", "include_dirs": INCLUDE_DIRS}
     openmp = Extension(
         "dcn_np.cpu._openmp",
         ["dcn_np/cpu/_openmp.pyx", "src/openmp.cpp"],
-        language="c++",
-        include_dirs=INCLUDE_DIRS,
-        define_macros=[("Py_LIMITED_API", LIMITED_API)],
         extra_compile_args=[*flags, OPENMP],
         extra_link_args=[*link_flags, OPENMP],
-        py_limited_api=True,
+        **cpp,
     )
     native = Extension(
         "dcn_np.cpu._native",
         ["dcn_np/cpu/_native.pyx", "src/dispatch.cpp", "src/parallel.cpp", "src/xla.cpp"],
-        language="c++",
-        include_dirs=INCLUDE_DIRS,
-        define_macros=[("Py_LIMITED_API", LIMITED_API)],
         extra_compile_args=flags,
         extra_link_args=link_flags,
-        py_limited_api=True,
+        **cpp,
     )
     dlpack = Extension(
         "dcn_np._dlpack",
         ["dcn_np/_dlpack.pyx"],
-        define_macros=[("Py_LIMITED_API", LIMITED_API)],
         extra_compile_args=[flag for flag in flags if flag != "-std=c++17"],
         extra_link_args=link_flags,
-        py_limited_api=True,
+        **stable,
     )
     native, openmp, dlpack = cythonize([native, openmp, dlpack], build_dir="build/cython", language_level=3)
     # Afterwards, because cythonize would copy what an extension depends on into its build_dir.

@@ -11,7 +11,6 @@ import numpy
 
 from .arrays import Array, kind_of
 from .backends import backend_of
-from .checkpoints import MASK_FACTORS
 from .messages import dtype_wanted, listed, shown
 
 if TYPE_CHECKING:
@@ -127,13 +126,6 @@ def checked_dtype(value: DTypeLike) -> numpy.dtype[Any]:
     if dtype not in computed:
         raise TypeError(f"dtype is {dtype}; wanted {dtype_wanted(dtype, computed)}")
     return dtype
-
-
-def checked_activation(value: str) -> str:
-    """Check what makes masks of a branch's output."""
-    if value not in MASK_FACTORS:
-        raise ValueError(f"mask_activation is {shown(value)}; wanted one of {listed(list(MASK_FACTORS))}")
-    return value
 
 
 def present(**arrays: Array | None) -> dict[str, Array]:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
-from ._layer import Layer, Seed, checked_activation, checked_dtype, logistic, namespace, positive
+from ._layer import Layer, Seed, checked_dtype, logistic, namespace, positive
 from .arrays import Array, kind_of
 from .backends import RoIGradients
-from .checkpoints import MASK_FACTORS
+from .checkpoints import MASK_FACTORS, checked_activation
 from .geometry import check_dtype, checked_flag
 from .roi_geometry import RoIGeometry, check_roi_grad_output
 from .roi_pool import (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._torch_operators import per_axis
 from ._torch_regions import deform_psroi_pool, modulated_deform_roi_pool
-from .checkpoints import MASK_FACTORS
+from .checkpoints import MASK_FACTORS, checked_activation
 
 
 class _DeformRoIPool(nn.Module):
@@ -137,9 +137,7 @@ class ModulatedDeformRoIPool(_DeformRoIPool):
         dtype: Any = None,
     ) -> None:
         super().__init__(in_channels, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive)
-        if mask_activation not in MASK_FACTORS:
-            raise ValueError(f"mask_activation is {mask_activation!r}; wanted one of {sorted(MASK_FACTORS)}")
-        self.shared_branch, self.mask_activation = shared_branch, mask_activation
+        self.shared_branch, self.mask_activation = shared_branch, checked_activation(mask_activation)
         made = {"device": device, "dtype": dtype}
         hidden = hidden_channels, hidden_channels
         if shared_branch:

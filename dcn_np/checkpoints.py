@@ -24,6 +24,13 @@ MaskActivation: TypeAlias = Literal["sigmoid", "2*sigmoid"]
 MASK_FACTORS = {"sigmoid": 1, "2*sigmoid": 2}
 
 
+def checked_activation(value: str) -> str:
+    """Check what makes masks of a branch's output."""
+    if value not in MASK_FACTORS:
+        raise ValueError(f"mask_activation is {shown(value)}; wanted one of {listed(list(MASK_FACTORS))}")
+    return value
+
+
 @dataclass(frozen=True, eq=False)
 class DeformConvWeights:
     """The arrays of one layer, and what its checkpoint tells of how to use them.

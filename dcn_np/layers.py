@@ -20,7 +20,6 @@ import numpy
 from ._layer import (
     Layer,
     Seed,
-    checked_activation,
     checked_dtype,
     logistic,
     namespace,
@@ -29,7 +28,7 @@ from ._layer import (
 )
 from ._roi_layers import DeformRoIPool, ModulatedDeformRoIPool
 from .arrays import Array, on_host
-from .checkpoints import MASK_FACTORS
+from .checkpoints import MASK_FACTORS, checked_activation
 from .deform_conv import (
     Extents,
     Padding,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import dcn_np
 from dcn_np import checkpoints
-from dcn_np.checkpoints import MASK_FACTORS
+from dcn_np.checkpoints import MASK_FACTORS, checked_activation
 
 from ._torch_mimicking import FeatureMimicking, MimickingLosses, crop_regions, sample_regions
 from ._torch_operators import (
@@ -404,12 +404,11 @@ class _DeformConv(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if mask_activation not in MASK_FACTORS:
-            raise ValueError(f"mask_activation is {mask_activation!r}; wanted one of {sorted(MASK_FACTORS)}")
         kernel, self.stride, self.padding, self.dilation = (
             tuple(per_axis(value, self.ndim)) for value in (kernel_size, stride, padding, dilation)
         )
-        self.groups, self.offset_groups, self.mask_activation = groups, offset_groups, mask_activation
+        self.groups, self.offset_groups = groups, offset_groups
+        self.mask_activation = checked_activation(mask_activation)
         made = {"device": device, "dtype": dtype}
         window = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
         like = _CONVS[self.ndim](

@@ -22,10 +22,10 @@ struct RoIBackwardPlan : RoIPlan {
   Storage images;
   Planes grad_output, grad_offset, grad_mask;
   bool grads_at_x, grads_at_positions;
-  int64_t class_blocks, blocks;  // of a slice
-  int64_t together;              // blocks of a class that an item takes
-  int64_t strip;                 // regions
-  int64_t rounds;                // images at a time
+  int64_t class_blocks, blocks;   // of a slice
+  int64_t together, class_items;  // blocks of a class that an item takes, and items of a class
+  int64_t strip;                  // regions
+  int64_t rounds;                 // images at a time
   int threads;
 
   // Blocks that share the locating of a bin: it takes a third of the time where every block locates for itself.
@@ -48,6 +48,7 @@ struct RoIBackwardPlan : RoIPlan {
     // Never less than an item for each thread, as far as there are blocks: it decides no bit.
     const int64_t all = class_blocks * geometry.classes * x.count * geometry.batch;
     together = clamp(least(all / (2 * threads), class_blocks), 1, kTogether);
+    class_items = ceiling(class_blocks, together);
     constexpr int64_t kDotsBytes = 6 << 20, kLeast = 16;
     const int64_t bytes = bins * blocks * kDotsPerBin * static_cast<int64_t>(sizeof(T)) + 1;
     strip = grads_at_positions ? clamp(kDotsBytes / bytes, least(kLeast, geometry.rois), geometry.rois)
@@ -58,7 +59,6 @@ struct RoIBackwardPlan : RoIPlan {
   size_t grad_x_elements() const { return grads_at_x ? grad_x.image_elements() : 0; }
   int64_t dots_elements() const { return grads_at_positions ? strip * bins * blocks * kDotsPerBin : 0; }
 
-  int64_t items() const { return x.count * geometry.classes * ceiling(class_blocks, together); }
   RoIBlock block(int64_t index) const {
     const int64_t class_id = index / class_blocks, within = index % class_blocks * kBlock;
     return {class_id * class_outputs + within, least(kBlock, class_outputs - within), class_id};
@@ -156,13 +156,11 @@ class RoIBackwardRun {
     const int64_t begin = plan_.begins[first_image_], end = plan_.begins[first_image_ + images_];
     for (int64_t first = begin; first < end; first += plan_.strip) {
       const int64_t last = least(first + plan_.strip, end);
-      const int64_t items = plan_.items(), of_class = ceiling(plan_.class_blocks, plan_.together);
-      const bool finished = team_.run(items * images_, [&](int64_t item, int thread) {
-        const int64_t at = item % items, group = at % of_class,
-                      class_id = at / of_class % plan_.geometry.classes;
-        const int64_t within = group * plan_.together;
-        visit_blocks(item / items, at / of_class / plan_.geometry.classes,
-                     class_id * plan_.class_blocks + within,
+      const int64_t items = plan_.geometry.classes * plan_.class_items;  // of a slice
+      const bool finished = team_.run(items * slices() * images_, [&](int64_t item, int thread) {
+        const int64_t image_slice = item / items, class_id = item % items / plan_.class_items;
+        const int64_t within = item % plan_.class_items * plan_.together;
+        visit_blocks(image_slice / slices(), image_slice % slices(), class_id * plan_.class_blocks + within,
                      least(plan_.together, plan_.class_blocks - within), first, last, thread);
       });
       if (!finished || !combine(first, last)) return false;

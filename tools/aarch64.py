@@ -13,8 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import check_distribution
-from check_distribution import ROOT, run, tool
+from check_distribution import ROOT, portable_wheel, run
 
 HOME = ROOT / "build" / "aarch64"
 WHEEL_BYTES = 1_000_000
@@ -63,47 +62,39 @@ def unpack(packages, folder, architecture=None, without=()):
         partial.rename(folder)
 
 
+def tools():
+    """Return the folder with the cross compiler and QEMU."""
+    folder = HOME / "tools"
+    unpack(TOOLS, folder, without=THERE)
+    return folder
+
+
 def compilers():
     """Return the environment in which setup.py builds for aarch64."""
-    tools = HOME / "tools"
-    unpack(TOOLS, tools, without=THERE)
-    compiler = f"{tools}/usr/bin/{TRIPLET}-%s --sysroot={tools}"
+    compiler = f"{tools()}/usr/bin/{TRIPLET}-%s --sysroot={tools()}"
     return os.environ | {
         "CC": compiler % "gcc",
         "CXX": compiler % "g++",
-        "LD_LIBRARY_PATH": f"{tools}/usr/lib/x86_64-linux-gnu",  # of the assembler and the linker
+        "LD_LIBRARY_PATH": f"{tools()}/usr/lib/x86_64-linux-gnu",  # of the assembler and the linker
         "_PYTHON_HOST_PLATFORM": "linux-aarch64",
     }
 
 
-def emulator():
-    """Return the command that runs Python for arm64."""
-    compilers()
-    system = HOME / "system"
-    unpack(SYSTEM, system, architecture="arm64")
-    return [HOME / "tools/usr/bin/qemu-aarch64-static", "-L", system, system / "usr/bin/python3.11"]
+def system():
+    """Return the folder with Python for arm64 and the libraries that it needs, libgomp too."""
+    folder = HOME / "system"
+    unpack(SYSTEM, folder, architecture="arm64")
+    return folder
 
 
 def wheel():
     """Build the wheel, bundle libgomp, and check what is inside; the path of the wheel."""
-    emulator()
-    libraries = f"{HOME}/system/usr/lib/{TRIPLET}:{HOME}/system/lib/{TRIPLET}"
-    with tempfile.TemporaryDirectory() as folder:
-        run(
-            *(sys.executable, "-m", "build", "--wheel", "--outdir", folder, ROOT),
-            env=compilers(),
-        )
-        (built,) = Path(folder).iterdir()
-        assert "-cp311-abi3-" in built.name, f"{built.name} does not use the stable ABI"
-        path = check_distribution.repair(built, libraries)
-    check_distribution.check_contents(path, WHEEL_BYTES)
-    run(tool("abi3audit"), "--strict", "--summary", path)
-    return path
+    libraries = f"{system()}/usr/lib/{TRIPLET}:{system()}/lib/{TRIPLET}"
+    return portable_wheel(WHEEL_BYTES, libraries, env=compilers())
 
 
 def test(*arguments):
     """Run the tests: the assembly's on this machine, the others on the emulated one."""
-    python = emulator()
     environment = compilers()
     run(
         *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/aarch64"),
@@ -118,7 +109,8 @@ def test(*arguments):
         shutil.copy(ROOT / "pyproject.toml", folder)
         emulated = {"PYTHONPATH": str(packages), "DCN_NP_FUZZ_CASES": str(FUZZ_CASES)}
         options = [option for name, value in emulated.items() for option in ("-E", f"{name}={value}")]
-        command = [python[0], *options, *python[1:]]
+        emulator = tools() / "usr/bin/qemu-aarch64-static"
+        command = [emulator, *options, "-L", system(), system() / "usr/bin/python3.11"]
         run(*command, "-m", "dcn_np", "doctor", cwd=folder)
         wanted = arguments or [f"tests/{name}" for name in TESTS]
         pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=quick"]

@@ -31,26 +31,32 @@ def tool(name):
     return Path(sys.executable).parent / name
 
 
-def build(kind, folder):
-    run(sys.executable, "-m", "build", f"--{kind}", "--outdir", folder, ROOT)
+def build(kind, folder, **options):
+    run(sys.executable, "-m", "build", f"--{kind}", "--outdir", folder, ROOT, **options)
     (built,) = folder.iterdir()
     return built
 
 
 def wheel():
     """Build the wheel, make it portable, and check what is inside and how it installs."""
-    with tempfile.TemporaryDirectory() as folder:
-        built = build("wheel", Path(folder))
-        assert "-cp311-abi3-" in built.name, f"{built.name} does not use the stable ABI"
-        path = repair(built)
-    check_contents(path)
-    run(tool("abi3audit"), "--strict", "--summary", path)
+    path = portable_wheel(WHEEL_BYTES)
     run(tool("twine"), "check", "--strict", path)
     check_installed(path)
     return path
 
 
-def repair(built, libraries=""):
+def portable_wheel(most_bytes, libraries="", **options):
+    """Build a wheel for any machine of its kind, and check what is inside; `options` are those of `run`."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = build("wheel", Path(folder), **options)
+        assert "-cp311-abi3-" in built.name, f"{built.name} does not use the stable ABI"
+        path = repair(built, libraries)
+    check_contents(path, most_bytes)
+    run(tool("abi3audit"), "--strict", "--summary", path)
+    return path
+
+
+def repair(built, libraries):
     """Bundle libgomp, from the folders in `libraries` if any; the tag is the oldest glibc it can run on."""
     if sys.platform != "linux":
         return Path(shutil.copy(built, DIST))
@@ -65,7 +71,7 @@ def repair(built, libraries=""):
         return Path(shutil.copy(repaired, DIST))
 
 
-def check_contents(path, most_bytes=WHEEL_BYTES):
+def check_contents(path, most_bytes):
     size = path.stat().st_size
     assert size < most_bytes, f"{path.name} has {size} bytes, at most {most_bytes} are wanted"
     with zipfile.ZipFile(path) as archive:

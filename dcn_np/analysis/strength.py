@@ -105,15 +105,14 @@ def effective_sampling(
     >>> effective_sampling(node, x, None, None, weight, norm=1)[0, 0, :, 1, 1]
     array([ 0.,  0.,  0.,  0., 12.,  0.,  0.,  0.,  6.])
     """
-    arrays = {"grad_output": grad_output, "x": x, "weight": weight}
-    grad_output, x, weight = (on_host(name, array) for name, array in arrays.items())
-    mask = None if mask is None else on_host("mask", mask)
+    grad_output, x, offset, mask, weight = _all_on_host(
+        grad_output=grad_output, x=x, offset=offset, mask=mask, weight=weight
+    )
     ndim, taps = x.ndim - 2, math.prod(weight.shape[2:])
     if offset is None:
         shape = (x.shape[0], offset_groups * taps * ndim, *grad_output.shape[2:])
         offset = numpy.zeros(shape, x.dtype if mask is None else mask.dtype)
     window = stride, padding, dilation, groups, offset_groups
-    offset = on_host("offset", offset)
     found = modulated_deform_conv_backward(
         grad_output, x, offset, mask, weight, *window, needs=("offset",)
     ).offset
@@ -196,16 +195,15 @@ def effective_bins(
     array([[[8., 0.],
             [0., 4.]]])
     """
-    arrays = {"grad_output": grad_output, "x": x, "rois": rois}
-    grad_output, x, rois = (on_host(name, array) for name, array in arrays.items())
-    mask = None if mask is None else on_host("mask", mask)
+    grad_output, x, rois, offset, mask = _all_on_host(
+        grad_output=grad_output, x=x, rois=rois, offset=offset, mask=mask
+    )
     if offset is None:
         shape = (len(rois), 2, *grad_output.shape[2:])
         offset = numpy.zeros(shape, x.dtype if mask is None else mask.dtype)
     if gamma == 0:
         raise ValueError("gamma is 0; wanted another number: with 0 no bin can move")
     sizes = output_size, spatial_scale, sampling_ratio, gamma
-    offset = on_host("offset", offset)
     found = modulated_deform_roi_pool_backward(
         grad_output, x, rois, offset, mask, *sizes, needs=("offset",)
     ).offset
@@ -263,8 +261,7 @@ def bin_positions(
     array([[3.5, 7.5],
            [3.5, 3.5]])
     """
-    rois = on_host("rois", rois)
-    offset = None if offset is None else on_host("offset", offset)
+    rois, offset = _all_on_host(rois=rois, offset=offset)
     x = SimpleNamespace(shape=(LARGEST, 1, 1, 1), dtype=rois.dtype)  # a batch that any index is within
     computed = backend_of(rois).dtypes()
     geometry = RoIGeometry.of(computed, x, rois, offset, None, output_size, spatial_scale, 0, gamma)
@@ -276,6 +273,11 @@ def bin_positions(
     moved = 0 if offset is None else geometry.offset_scale * offset[:, ::-1].astype(numpy.float64)
     positions: Array = low + size * (place + moved)
     return positions
+
+
+def _all_on_host(**arrays: Any) -> tuple[Any, ...]:
+    """Return arrays as NumPy's, and None where there is none."""
+    return tuple(None if array is None else on_host(name, array) for name, array in arrays.items())
 
 
 def _box_sizes(rois: Array) -> Array:

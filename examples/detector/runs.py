@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..digits.runs import mean_and_spread
 from .evaluation import COLUMNS
 from .network import Detector
 from .variants import VARIANTS
@@ -77,9 +78,3 @@ def row(runs: Sequence[Run]) -> str:
         f"{statistics.mean(run.seconds for run in runs):.0f}",
     ]
     return f"| {' | '.join(map(str, cells))} |"
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    """Write a mean, and a standard deviation if there is one."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,17 +81,22 @@ def table(runs: list[Run]) -> str:
 def row(runs: list[Run]) -> str:
     """One line of the table: runs that differ by seed alone."""
     first, found = runs[0], [100 * run.accuracy for run in runs]
-    spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
     cells = [
         *(first.variant, first.parameters, first.trained_with, first.epochs),
         "–" if first.variant == "plain" else f"{first.offset_factor:g}x",
         len(runs),
-        f"{statistics.mean(found):.1f}{spread} %",
+        f"{mean_and_spread(found)} %",
         f"{min(found):.1f} %",
         f"{max(found):.1f} %",
         f"{statistics.mean(run.seconds for run in runs):.0f}",
     ]
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Write a mean, and a standard deviation if there is one."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
 
 
 def save_weights(path: Path, runs: list[Run], digits: Digits) -> None:
