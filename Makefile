@@ -65,7 +65,7 @@ wheel: $(VENV)/ready-dev
 sdist: $(VENV)/ready-dev
 	$(BIN)/python tools/check_distribution.py sdist
 
-# For 64-bit ARM, on an x86-64 Debian: see tools/aarch64.py. TESTS are names of files there.
+# For 64-bit ARM, on an x86-64 Debian 12: see tools/aarch64.py. TESTS are names of files there.
 wheel-aarch64 test-aarch64: %-aarch64: $(VENV)/ready-dev
 	$(BIN)/python tools/aarch64.py $* $(TESTS)
 

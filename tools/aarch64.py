@@ -1,4 +1,4 @@
-"""Build for 64-bit ARM and test there, from an x86-64 Debian: ``aarch64.py {wheel,test}``.
+"""Build for 64-bit ARM and test there, from an x86-64 Debian 12: ``aarch64.py {wheel,test}``.
 
 Debian's cross compiler, its Python for arm64 and QEMU are unpacked below build/aarch64: nothing is
 installed, and no one needs to be root. QEMU's user mode runs a program, not a machine: what it computes
@@ -22,7 +22,7 @@ TRIPLET = "aarch64-linux-gnu"
 TOOLS = ["g++-aarch64-linux-gnu", "qemu-user-static"]
 # What a compiler for this machine has already, of whichever version: another one would take its place.
 THERE = ("libc6_", "libc-bin_")
-SYSTEM = ["python3.11-minimal", "libpython3.11-stdlib", "libgomp1", "libstdc++6"]
+SYSTEM = ["python3.11-minimal", "libpython3.11-stdlib", "libpython3.11-dev", "libgomp1", "libstdc++6"]
 PACKAGES = ["numpy", "ml_dtypes", "pytest", "hypothesis"]
 PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (17, 27, 28)] + ["manylinux2014_aarch64"]
 
@@ -71,7 +71,9 @@ def tools():
 
 def compilers():
     """Return the environment in which setup.py builds for aarch64."""
-    compiler = f"{tools()}/usr/bin/{TRIPLET}-%s --sysroot={tools()}"
+    # Debian's own pyconfig.h includes that of the machine built for; all else comes from elsewhere first.
+    headers = f"-idirafter {system()}/usr/include"
+    compiler = f"{tools()}/usr/bin/{TRIPLET}-%s --sysroot={tools()} {headers}"
     return os.environ | {
         "CC": compiler % "gcc",
         "CXX": compiler % "g++",
@@ -81,7 +83,7 @@ def compilers():
 
 
 def system():
-    """Return the folder with Python for arm64 and the libraries that it needs, libgomp too."""
+    """Return the folder with Python for arm64, its headers, and the libraries that it needs, libgomp too."""
     folder = HOME / "system"
     unpack(SYSTEM, folder, architecture="arm64")
     return folder
