@@ -178,10 +178,9 @@ class ForwardRun {
     const int64_t image = first + slot, channels = plan_.offset_group_channels;
     for (int64_t group = 0; group < geometry().offset_groups; ++group) {
       const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, arguments_.positions, plan_.taps,
-                                        image, group);
+                                        image, group, geometry().offset_groups);
       const Pixels<NDim> pixels = plan_.x.view(image, image_buffer(slot), group * channels, channels);
       for (int64_t tap = begin; tap < end; ++tap) {
-        moved.prefetch(tap + 1, tile.first, tile.count);
         locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels, buffers_.zeros, samples);
         body(tap, group * channels, channels);
       }
