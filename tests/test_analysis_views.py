@@ -126,7 +126,7 @@ def test_a_position_is_of_integers(position):
     [
         ({"levels": 0}, "levels is 0"),
         ({"levels": 4}, "levels is 4; 'conv3' is layer 3 from the image: wanted 1 to 3"),
-        ({"layer": "relu3"}, "layer is 'relu3'; the convolutions are"),
+        ({"layer": "relu3"}, "layer is 'relu3'; the layers that sample are"),
         ({"epsilon": 0}, "epsilon is 0"),
     ],
 )
@@ -136,5 +136,5 @@ def test_options_that_do_not_fit_are_refused(options, said):
 
 
 def test_a_network_without_convolutions_is_refused():
-    with pytest.raises(ValueError, match=r"layer is 0 \(int\); the convolutions are"):
+    with pytest.raises(ValueError, match=r"layer is 0 \(int\); the layers that sample are"):
         view_node(of_layers([ReLU()], Node(0, position=(1, 1))), IMAGE.repeat(2, axis=0))
