@@ -283,7 +283,8 @@ class SampledRegions:
         names = "rois", "offset", "mask"
         arrays = all_on_host(**{name: getattr(self, name) for name in names})
         for name, array in zip(names, arrays, strict=True):
-            object.__setattr__(self, name, array)
+            # Of one dtype, whatever the network computes in.
+            object.__setattr__(self, name, None if array is None else array.astype(numpy.float64))
         wanted = len(self.positions), 1, *self.positions.shape[2:]
         if self.mask is not None and self.mask.shape != wanted:
             raise ValueError(f"mask has shape {self.mask.shape}; wanted (R, 1, *output_size) = {wanted}")

@@ -131,7 +131,7 @@ class ModuleNode(NodeFunction):
                 tuple((numpy.array(image.shape[1:]) / size).tolist()),
             )
 
-        with _hooked(_layers_that_sample(self.module, rigid=True) | _layers_that_pool(self.module), read):
+        with _hooked(_layers_that_sample(self.module, rigid=True) | layers_that_pool(self.module), read):
             self._run(image)
         return found
 
@@ -152,7 +152,7 @@ class ModuleNode(NodeFunction):
             it that are aligned. Each has `output_size` and `spatial_scale`.
         """
         calls: list[tuple[str, Any, tuple[Any, ...]]] = []
-        layers = _layers_that_pool(self.module)
+        layers = layers_that_pool(self.module)
         if self.node.layer is not None:
             layers[str(self.node.layer)] = self.module.get_submodule(str(self.node.layer))
         with _hooked(layers, lambda name, layer, inputs, _: calls.append((name, layer, inputs))):
@@ -188,7 +188,7 @@ class ModuleNode(NodeFunction):
         def keep(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             called[name] = layer, inputs, output
 
-        layers = _layers_that_sample(self.module, rigid=False) | _layers_that_pool(self.module)
+        layers = _layers_that_sample(self.module, rigid=False) | layers_that_pool(self.module)
         with _hooked(layers, keep):
             _, direction = self._response(self.forward(on_host("image", image)))
         gradients = self._gradients(direction, [output for _, _, output in called.values()])
@@ -271,7 +271,7 @@ def _layers_that_sample(module: nn.Module, *, rigid: bool) -> dict[str, nn.Modul
     return found
 
 
-def _layers_that_pool(module: nn.Module) -> dict[str, nn.Module]:
+def layers_that_pool(module: nn.Module) -> dict[str, nn.Module]:
     """Return the poolings over regions by name."""
     return {name: layer for name, layer in module.named_modules() if _pools(layer)}
 
