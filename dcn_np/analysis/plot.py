@@ -44,7 +44,8 @@ AREA = 70.0  # square points, of a marker with modulation 1
 IN_SHEET = 0.3  # of a marker's area, where panels are small
 VEIL = 0.75  # of white over what is removed
 OUTSIDE = "#C8D6E5"  # pale blue: no image that is drawn in greys has it
-PANEL = 2.1  # inches
+PANEL, ROW_TITLE = 2.1, 0.2  # inches
+LEAST_SHAPE = 0.3  # of a panel, whose labels need some room
 ROWS = "sampling points\n(area: modulation)", "effective\nreceptive field", "saliency region"
 OF_REGIONS = "bins of the region\n(area: modulation)"  # the first of them, where all nodes are of regions
 
@@ -76,7 +77,7 @@ def new_figure(width: float, height: float, title: str = "", *, dpi: float = 110
     return figure
 
 
-def new_sheet(columns: int, title: str = "") -> Array:
+def new_sheet(columns: int, title: str = "", shape: float = 1.0) -> Array:
     """Make the axes of a sheet, large enough to be read in print.
 
     Parameters
@@ -85,13 +86,16 @@ def new_sheet(columns: int, title: str = "") -> Array:
         How many nodes.
     title : str
         Written above all.
+    shape : float
+        Height over width of what is drawn: with that of the image no paper stays empty.
 
     Returns
     -------
     numpy.ndarray of matplotlib.axes.Axes, shape (3, columns)
         What `sheet` takes; ``axes[0, 0].figure`` is the figure, of 200 pixels to the inch.
     """
-    figure = new_figure(PANEL * columns + 1.2, PANEL * len(ROWS) + 0.6, title, dpi=200, size=10)
+    height = PANEL * min(max(shape, LEAST_SHAPE), 1 / LEAST_SHAPE) + ROW_TITLE
+    figure = new_figure(PANEL * columns + 1.2, height * len(ROWS) + 0.6, title, dpi=200, size=10)
     axes: Array = figure.subplots(len(ROWS), columns, squeeze=False, sharex=True, sharey=True)
     return axes
 
@@ -288,7 +292,9 @@ def outlined_box(axes: Any, box: Any) -> Any:
         raise ValueError(f"box has shape {borders.shape}; wanted (4,): y1, x1, y2, x2")
     y, x, height, width = *borders[:2], *(borders[2:] - borders[:2])
     for colour, line in ((BLACK, 1.8), (YELLOW, 0.8)):
-        axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line))
+        frame = Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line)
+        frame.set_snap(False)  # both lines would else be moved to whole pixels, each by itself
+        axes.add_patch(frame)
     return axes
 
 
@@ -384,7 +390,7 @@ def _draw_column(column: Any, view: NodeView, around: float) -> None:
         else:
             outlined_box(place, view.box)
     field.set_title(f"size {view.field.size():.1f} px, spread {view.field.spread():.1f} px", fontsize=8)
-    region.set_title(f"{100 * view.region.area:.1f} % kept, error {view.region.error:.3f}", fontsize=8)
+    region.set_title(f"{100 * view.region.area:.2f} % kept, error {view.region.error:.3f}", fontsize=8)
 
 
 def _cross(axes: Any, place: Array) -> None:

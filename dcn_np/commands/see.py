@@ -97,7 +97,8 @@ def look(args: argparse.Namespace) -> None:
             flush=True,
         )
         found.append((name, of_node.node, view))
-    axes = plot.new_sheet(len(found), f"What nodes see: {args.image.name if args.image else 'a digit'}")
+    title = f"What nodes see: {args.image.name if args.image else 'a digit'}"
+    axes = plot.new_sheet(len(found), title, image.shape[1] / image.shape[2])
     plot.sheet(axes, [view for *_, view in found], [name.replace(" at ", "\n") for name, *_ in found])
     args.output.mkdir(parents=True, exist_ok=True)
     axes[0, 0].figure.savefig(args.output / "see.png")
