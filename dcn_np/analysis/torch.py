@@ -312,6 +312,10 @@ def _branch(layer: Any, inputs: tuple[Any, ...]) -> tuple[Tensor | None, Tensor 
 def _region_branch(layer: Any, inputs: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
     """Return the offsets and masks of a call of a pooling over regions."""
     x, rois, *given = inputs
+    if not isinstance(rois, Tensor):
+        raise TypeError(
+            f"a {type(layer).__name__} is called with the regions {shown(rois)}; wanted a Tensor (R, 5)"
+        )
     if hasattr(layer, "branch"):
         with torch.no_grad():
             offset, mask = layer.branch(x, rois)

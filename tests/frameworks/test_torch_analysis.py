@@ -440,6 +440,12 @@ def test_bins_that_do_not_move_have_strengths_too():
     pixels = 0.5 * (rois[1, 3:] - rois[1, 1:3])
     wanted = (offset.grad[1] / pixels[:, None, None]).norm(dim=0).reshape(6)
     np.testing.assert_allclose(view.strength, wanted, rtol=1e-9)
+    module.pool.forward = lambda x, rois: dcn_np.torch.roi_align(x, rois[0], (2, 3), 0.5, 0)
+    with pytest.raises(
+        TypeError, match=r"a RoIAlign is called with the regions .*; wanted a Tensor \(R, 5\)"
+    ):
+        of_module(module, Node(), ([rois],)).sampled_regions(image)
+    del module.pool.forward
     module.pool.aligned = False  # half a pixel apart from what dcn_np tells
     assert of_node.sampled_regions(image) == {}
 
