@@ -39,7 +39,7 @@ class NodeView(NamedTuple):
         How much each point counts, as `effective_sampling` and `effective_bins` define it; None where that is
         not known.
     field : ReceptiveField
-        The effective receptive field for this image.
+        The effective receptive field, for this image or on average over several.
     region : SalientRegion
         The error-bounded saliency region.
     box : numpy.ndarray, shape (4,), float64, or None
@@ -64,6 +64,7 @@ def view_node(
     layer: str | int | None = None,
     *,
     levels: int = 1,
+    images: Any = None,
     norm: float = 2,
     **saliency: Any,
 ) -> NodeView:
@@ -82,6 +83,8 @@ def view_node(
         regions below it, or in a network of `dcn_np.layers` the last convolution.
     levels : int
         How many layers the samples are traced through, this one and those below it.
+    images : array, shape (images, channels, *spatial), or iterable of arrays, or None
+        What the receptive field is averaged over, of the size of `image`; None is that image alone.
     norm : {1, 2, numpy.inf}
         As for `effective_receptive_field` and `effective_sampling`.
     **saliency
@@ -138,7 +141,7 @@ def view_node(
         samples.positions,
         samples.modulation,
         samples.strength,
-        effective_receptive_field(of_node, [image], norm=norm),
+        effective_receptive_field(of_node, [image] if images is None else images, norm=norm),
         error_bounded_saliency(of_node.cosine_error(image), image, **saliency),
         samples.box,
     )
