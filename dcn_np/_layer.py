@@ -27,7 +27,7 @@ class Layer:
 
     dtype: numpy.dtype[Any]
     gradients: dict[str, Array]
-    # What the last `forward` left for `backward`.
+    # What the last `forward` left for `backward`: its input, offsets and masks, and what else it wants.
     _kept: tuple[Any, ...] | None
 
     def parameters(self) -> dict[str, Array]:
@@ -97,9 +97,29 @@ class Layer:
             setattr(self, name, arrays[self._keys[name]].astype(self.dtype, order="C"))
         self.gradients, self._kept = {}, None
 
-    def _remembered(self) -> tuple[Any, ...]:
+    def last_branch(self) -> tuple[Array | None, Array | None]:
+        """Return what the last `forward` sampled by.
+
+        Returns
+        -------
+        tuple of two arrays or None
+            Its offsets and masks, not copies; None where the layer has none.
+
+        Raises
+        ------
+        RuntimeError
+            There was no `forward`.
+
+        See Also
+        --------
+        forward : Makes them.
+        """
+        _, offset, mask, *_ = self._remembered("last_branch")
+        return offset, mask
+
+    def _remembered(self, wanting: str = "backward") -> tuple[Any, ...]:
         if self._kept is None:
-            raise RuntimeError("backward without a forward before it; wanted forward(x) first")
+            raise RuntimeError(f"{wanting} without a forward before it; wanted forward(x) first")
         return self._kept
 
 

@@ -181,7 +181,7 @@ class _DeformRoIPool(Layer):
             logits = made[:, 2 * self._bins :].reshape(-1, 1, *self.output_size)
             mask = MASK_FACTORS[self.mask_activation] * logistic(logits)
         y = self._pool(x, rois, offset, mask)
-        self._kept = x, rois, offset, mask, passed
+        self._kept = x, offset, mask, rois, passed
         return y
 
     def backward(self, grad_output: Array) -> Array:
@@ -212,7 +212,7 @@ class _DeformRoIPool(Layer):
         --------
         forward : The output.
         """
-        x, rois, offset, mask, passed = self._remembered()
+        x, offset, mask, rois, passed = self._remembered()
         found = self._pool_backward(grad_output, x, rois, offset, mask)
         grad_made = found.offset.reshape(len(rois), 2 * self._bins)
         if self.mask_activation is not None:

@@ -167,7 +167,7 @@ class _Conv(Layer):
         """
         self._check_x(x)
         y = deform_conv(x, None, self.weight, self.bias, *self._window())
-        self._kept = (x,)
+        self._kept = x, None, None
         return y
 
     def backward(self, grad_output: Array) -> Array:
@@ -198,7 +198,7 @@ class _Conv(Layer):
         --------
         forward : The output.
         """
-        (x,) = self._remembered()
+        x, *_ = self._remembered()
         needs = self._needs("x", "weight")
         found = deform_conv_backward(grad_output, x, None, self.weight, *self._window(), needs=needs)
         self.gradients = present(weight=found.weight, bias=found.bias)

@@ -206,6 +206,17 @@ def test_backward_needs_a_forward():
         Conv1d(1, 1, 1).backward(np.ones((1, 1, 1), np.float32))
 
 
+@pytest.mark.parametrize("layer", [Conv2d, DeformConv2d, ModulatedDeformConv2d])
+def test_a_layer_tells_what_it_sampled_by(layer):
+    made = layer(2, 3, 3, rng=0)
+    with pytest.raises(RuntimeError, match="last_branch without a forward before it"):
+        made.last_branch()
+    x = np.random.default_rng(0).random((2, 2, 6, 5), dtype=np.float32)
+    made.forward(x)
+    for found, wanted in zip(made.last_branch(), made.branch(x), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def steps_until_a_tenth(network, x, target, rate, most):
     """Train by plain gradient descent; return how many steps the loss took to fall to a tenth."""
     first, second = network

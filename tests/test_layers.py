@@ -58,26 +58,30 @@ MAY_IMPORT = {
     "layers": {"_layer", "_roi_layers", "arrays", "checkpoints", "deform_conv", "geometry", "messages"},
     "analysis": {
         *("analysis.nodes", "analysis.offset_statistics", "analysis.receptive_field", "analysis.saliency"),
-        *("analysis.sampling", "analysis.strength", "analysis.views"),
+        *("analysis.regions", "analysis.sampling", "analysis.strength", "analysis.views"),
     },
     "analysis.arguments": {"arrays", "messages"},
     "analysis.nodes": {
-        *("analysis.arguments", "analysis.sampling", "analysis.strength", "arrays", "feature_mimic"),
-        *("geometry", "messages"),
+        *("analysis.arguments", "analysis.regions", "analysis.sampling", "analysis.strength", "arrays"),
+        *("feature_mimic", "geometry", "messages"),
     },
     "analysis.offset_statistics": {"analysis.sampling", "messages"},
     "analysis.plot": {"analysis.views", "messages"},
     "analysis.receptive_field": {"analysis.arguments", "messages"},
     "analysis.saliency": {"analysis.arguments", "geometry", "messages"},
     "analysis.sampling": {"arrays", "backends", "geometry", "messages"},
-    "analysis.strength": {
-        *("analysis.arguments", "arrays", "backends", "deform_conv", "docstrings", "geometry"),
+    "analysis.regions": {
+        *("analysis.arguments", "analysis.strength", "backends", "docstrings", "geometry"),
         *("roi_geometry", "roi_pool"),
     },
-    "analysis.torch": {"analysis.nodes", "analysis.sampling", "analysis.strength", "arrays", "messages"},
+    "analysis.strength": {"analysis.arguments", "deform_conv", "docstrings"},
+    "analysis.torch": {
+        *("analysis.nodes", "analysis.regions", "analysis.sampling", "analysis.strength", "arrays"),
+        *("messages", "roi_pool"),
+    },
     "analysis.views": {
         *("analysis.arguments", "analysis.nodes", "analysis.receptive_field", "analysis.saliency"),
-        *("analysis.sampling", "geometry", "messages"),
+        *("analysis.regions", "analysis.sampling", "geometry", "messages"),
     },
     "pth": {"messages"},
     "cgroup": set(),

@@ -198,6 +198,15 @@ def test_backward_needs_a_forward():
         DeformRoIPool(1, 1, hidden_channels=1).backward(np.ones((1, 1, 1, 1), np.float32))
 
 
+@EACH
+def test_a_layer_tells_what_it_pooled_by(kind):
+    rng = np.random.default_rng(8)
+    layer, (x, rois) = built(kind, rng), problem(rng)
+    y = layer.forward(x, rois)
+    np.testing.assert_array_equal(layer._pool(x, rois, *layer.last_branch()), y)
+    assert not np.array_equal(layer._pool(x, rois, None, None), y)
+
+
 @pytest.mark.parametrize("kind", BRANCHES)
 def test_a_layer_learns_where_to_look(kind):
     """The target is what lies beside the regions: bins that move can find it, regular ones cannot."""
