@@ -16,6 +16,7 @@ from ._torch_operators import (
     detached,
     empty_gradients,
     memory_format,
+    operator,
     per_axis,
     register_autograd,
 )
@@ -23,7 +24,7 @@ from ._torch_operators import (
 # ---- operators; `needs` and what a backward returns have an entry for `rois` and `weights` too, never filled
 
 
-@torch.library.custom_op("dcn_np::modulated_deform_roi_pool", mutates_args=())
+@operator("modulated_deform_roi_pool")
 def _pool(
     x: Tensor,
     rois: Tensor,
@@ -47,12 +48,12 @@ def _pool(
     return y.contiguous(memory_format=memory_format(x))
 
 
-@_pool.register_fake
+@torch.library.register_fake(_pool)
 def _(x, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma):  # type: ignore[no-untyped-def]
     return _empty(x, rois, x.shape[1], output_size)
 
 
-@torch.library.custom_op("dcn_np::modulated_deform_roi_pool_backward", mutates_args=())
+@operator("modulated_deform_roi_pool_backward")
 def _pool_backward(
     grad_output: Tensor,
     x: Tensor,
@@ -80,7 +81,7 @@ def _pool_backward(
     return as_tensors((gradients.x, None, gradients.offset, gradients.mask), x)
 
 
-@_pool_backward.register_fake
+@torch.library.register_fake(_pool_backward)
 def _(grad_output, x, rois, offset, mask, *parameters):  # type: ignore[no-untyped-def]
     return empty_gradients((x, None, offset, mask), parameters[-1], x)
 
@@ -88,7 +89,7 @@ def _(grad_output, x, rois, offset, mask, *parameters):  # type: ignore[no-untyp
 register_autograd(_pool, _pool_backward, tensors=4, saved=4, constant=(1,))
 
 
-@torch.library.custom_op("dcn_np::deform_psroi_pool", mutates_args=())
+@operator("deform_psroi_pool")
 def _pool_by_position(
     x: Tensor,
     rois: Tensor,
@@ -116,12 +117,12 @@ def _pool_by_position(
     return y.contiguous(memory_format=memory_format(x))
 
 
-@_pool_by_position.register_fake
+@torch.library.register_fake(_pool_by_position)
 def _(x, rois, offset, output_dim, group_size, output_size, *parameters):  # type: ignore[no-untyped-def]
     return _empty(x, rois, output_dim, output_size)
 
 
-@torch.library.custom_op("dcn_np::deform_psroi_pool_backward", mutates_args=())
+@operator("deform_psroi_pool_backward")
 def _pool_by_position_backward(
     grad_output: Tensor,
     x: Tensor,
@@ -153,7 +154,7 @@ def _pool_by_position_backward(
     return as_tensors((gradients.x, None, gradients.offset), x)
 
 
-@_pool_by_position_backward.register_fake
+@torch.library.register_fake(_pool_by_position_backward)
 def _(grad_output, x, rois, offset, *parameters):  # type: ignore[no-untyped-def]
     return empty_gradients((x, None, offset), parameters[-1], x)
 
@@ -161,18 +162,18 @@ def _(grad_output, x, rois, offset, *parameters):  # type: ignore[no-untyped-def
 register_autograd(_pool_by_position, _pool_by_position_backward, tensors=3, saved=3, constant=(1,))
 
 
-@torch.library.custom_op("dcn_np::feature_mimic_loss", mutates_args=())
+@operator("feature_mimic_loss")
 def _mimic(rcnn_features: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
     loss = dcn_np.feature_mimic_loss(*map(detached, (rcnn_features, features, weights)))
     return torch.tensor(loss, dtype=_loss_dtype(features), device=features.device)
 
 
-@_mimic.register_fake
+@torch.library.register_fake(_mimic)
 def _(rcnn_features, features, weights):  # type: ignore[no-untyped-def]
     return features.new_empty((), dtype=_loss_dtype(features))
 
 
-@torch.library.custom_op("dcn_np::feature_mimic_loss_backward", mutates_args=())
+@operator("feature_mimic_loss_backward")
 def _mimic_backward(
     grad_output: Tensor,
     rcnn_features: Tensor,
@@ -186,7 +187,7 @@ def _mimic_backward(
     return as_tensors((*found, None), features)
 
 
-@_mimic_backward.register_fake
+@torch.library.register_fake(_mimic_backward)
 def _(grad_output, rcnn_features, features, weights, needs):  # type: ignore[no-untyped-def]
     return as_tensors([features.new_empty(features.shape) if needed else None for needed in needs], features)
 

@@ -28,6 +28,7 @@ from ._torch_operators import (
     detached,
     empty_gradients,
     memory_format,
+    operator,
     per_axis,
     register_autograd,
 )
@@ -71,7 +72,7 @@ _INPUTS = dcn_np.Gradients._fields
 # ---- operators; `padding` is begin and end of each axis after the other, others have one entry per axis
 
 
-@torch.library.custom_op("dcn_np::modulated_deform_conv", mutates_args=())
+@operator("modulated_deform_conv")
 def _convolve(
     x: Tensor,
     offset: Tensor | None,
@@ -101,7 +102,7 @@ def _convolve(
     return y.contiguous(memory_format=memory_format(x))
 
 
-@_convolve.register_fake
+@torch.library.register_fake(_convolve)
 def _(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups, float32_matmul):  # type: ignore[no-untyped-def]
     output = [
         (extent + begin + end - step * (kernel - 1) - 1) // jump + 1
@@ -113,7 +114,7 @@ def _(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_g
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-@torch.library.custom_op("dcn_np::modulated_deform_conv_backward", mutates_args=())
+@operator("modulated_deform_conv_backward")
 def _convolve_backward(
     grad_output: Tensor,
     x: Tensor,
@@ -147,7 +148,7 @@ def _convolve_backward(
     return as_tensors(gradients, x)
 
 
-@_convolve_backward.register_fake
+@torch.library.register_fake(_convolve_backward)
 def _(grad_output, x, offset, mask, weight, *parameters):  # type: ignore[no-untyped-def]
     needs = parameters[-2]
     bias = x.new_empty(weight.shape[0])
@@ -165,7 +166,7 @@ def _settings() -> tuple[bool]:
 register_autograd(_convolve, _convolve_backward, tensors=5, saved=4, settings=_settings)
 
 
-@_convolve.register_vmap
+@torch.library.register_vmap(_convolve)
 def _(info, in_dims, x, offset, mask, weight, bias, *parameters):  # type: ignore[no-untyped-def]
     arrays, dims = [x, offset, mask, weight, bias], in_dims[:5]
     moved = [a if dim is None else a.movedim(dim, 0) for a, dim in zip(arrays, dims, strict=True)]
@@ -179,7 +180,7 @@ def _(info, in_dims, x, offset, mask, weight, bias, *parameters):  # type: ignor
     return torch.stack([_convolve(*one, *parameters) for one in _one_by_one(moved, dims, info.batch_size)]), 0
 
 
-@_convolve_backward.register_vmap
+@torch.library.register_vmap(_convolve_backward)
 def _(info, in_dims, grad_output, x, offset, mask, weight, *parameters):  # type: ignore[no-untyped-def]
     # The gradients of weight and bias are sums over the batch, so each entry is a call of its own.
     arrays, dims = [grad_output, x, offset, mask, weight], in_dims[:5]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from calls import python
 from problems import random_problem
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -181,6 +182,45 @@ def test_vmap_of_gradients():
         one = stacked[i].clone().requires_grad_()
         dcn_torch.modulated_deform_conv(one, *tensors[1:], *parameters).square().sum().backward()
         assert torch.allclose(x.grad[i], one.grad)
+
+
+def test_gradients_of_each_image_by_torch_func():
+    """vmap over torch.func.grad, as gradients for each sample are taken."""
+    _, tensors, parameters = problem_of(grad=False)
+
+    def loss(weight, *images):
+        images = [image[None] for image in images]
+        return dcn_torch.modulated_deform_conv(*images, weight, tensors[4], *parameters).square().sum()
+
+    weight = tensors[3].clone().requires_grad_()
+    got = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(weight.detach(), *tensors[:3])
+    for i in range(2):
+        (wanted,) = torch.autograd.grad(loss(weight, *[tensor[i] for tensor in tensors[:3]]), weight)
+        assert torch.allclose(got[i], wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_other_derivatives_are_refused():
+    _, tensors, parameters = problem_of(grad=False)
+
+    def loss(x):
+        return dcn_torch.modulated_deform_conv(x, *tensors[1:], *parameters).square().sum()
+
+    with pytest.raises(NotImplementedError, match=r"modulated_deform_conv.* none in forward mode"):
+        torch.func.jvp(loss, (tensors[0],), (tensors[0],))
+    with pytest.raises(RuntimeError, match=r"modulated_deform_conv_backward.* cannot be differentiated"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(tensors[0])
+
+
+def test_torch_compile_s_tracer_is_not_imported():
+    """It takes a second."""
+    code = """
+import sys, torch, dcn_np.torch
+x, weight = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3, requires_grad=True)
+dcn_np.torch.deform_conv(x, None, weight).sum().backward()
+print("torch._dynamo" in sys.modules)
+"""
+    assert python(code) == "False"
 
 
 def test_what_does_not_fit_is_named():
