@@ -124,8 +124,8 @@ def _record(
 ) -> None:
     """Make an operator a node of autograd's graph.
 
-    `torch.library.register_autograd` takes 30 us more for that, and `torch.func.grad` does not know its nodes.
-    The key set of a call is a node's first input, for which `differentiate` returns None.
+    `torch.library.register_autograd` takes 30 us more, and `torch.func.grad` does not know its nodes. The key
+    set of a call is a node's first input, for which `differentiate` returns None.
     """
 
     def below(keyset: Any, inputs: tuple[Any, ...]) -> Any:
