@@ -72,6 +72,35 @@ def _untraced(compute: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
+def folded(array: Tensor | None, dim: int | None, count: int) -> Tensor | None:
+    """Return an array with the axis of vmap as part of its first one, repeated where it has no such axis."""
+    if array is None:
+        return None
+    moved = array.expand(count, *array.shape) if dim is None else array.movedim(dim, 0)
+    return moved.flatten(0, 1)
+
+
+def one_by_one(operator: Any) -> Callable[..., tuple[Any, Any]]:
+    """Return the rule of vmap that calls an operator for each entry."""
+
+    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        results = [
+            operator(
+                *(
+                    a.select(dim, index) if isinstance(a, Tensor) and dim is not None else a
+                    for a, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
+            for index in range(info.batch_size)
+        ]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = [torch.stack(each) for each in zip(*results, strict=True)]
+        return stacked, [0] * len(stacked)
+
+    return rule
+
+
 def register_autograd(
     operator: Any,
     backward: Any,

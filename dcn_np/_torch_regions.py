@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from ._torch_operators import (
     cast,
     detached,
     empty_gradients,
+    folded,
     memory_format,
+    one_by_one,
     operator,
     per_axis,
     register_autograd,
@@ -193,6 +196,61 @@ def _(grad_output, rcnn_features, features, weights, needs):  # type: ignore[no-
 
 
 register_autograd(_mimic, _mimic_backward, tensors=3, saved=3, constant=(2,))
+
+
+# ---- vmap: one call, whose images and regions are those of all entries
+
+
+def _register_vmap(forward: Any, backward: Any, arrays: int) -> None:
+    """Give two operators their rules; `arrays` of their arguments are `x`, `rois` and others by region."""
+
+    def forward_rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+        count = info.batch_size
+        together = _together(arguments[:arrays], in_dims[:arrays], count)
+        if together is None:
+            return one_by_one(forward)(info, in_dims, *arguments)
+        return forward(*together, *arguments[arrays:]).unflatten(0, (count, -1)), 0
+
+    def backward_rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
+        count = info.batch_size
+        (grad_output, x, *others), dims = arguments[: 1 + arrays], list(in_dims[1 : 1 + arrays])
+        if dims[0] is None:  # each entry has a gradient of its own
+            x, dims[0] = x.expand(count, *x.shape), 0
+        together = _together((x, *others), dims, count)
+        if together is None:
+            return one_by_one(backward)(info, in_dims, *arguments)
+        found = backward(folded(grad_output, in_dims[0], count), *together, *arguments[1 + arrays :])
+        apart = [a.unflatten(0, (count, a.shape[0] // count)) for a in found]
+        return apart, [0] * len(apart)
+
+    torch.library.register_vmap(forward, forward_rule)
+    torch.library.register_vmap(backward, backward_rule)
+
+
+def _together(arrays: Sequence[Any], dims: Sequence[int | None], count: int) -> list[Any] | None:
+    """Return `x`, `rois` and others of all entries in one, where regions name the images of their entry.
+
+    None where numbers of their dtype are too coarse to name so many images.
+    """
+    rois: Any
+    rois, *others = [folded(array, dim, count) for array, dim in zip(arrays[1:], dims[1:], strict=True)]
+    if dims[0] is None:
+        return [arrays[0], rois, *others]
+    x: Any = folded(arrays[0], dims[0], count)
+    if x.shape[0] > 2 / torch.finfo(rois.dtype).eps:
+        return None
+    batch, image = x.shape[0] // count, rois[:, 0]
+    first = torch.arange(0, x.shape[0], batch, dtype=rois.dtype, device=rois.device)
+    # What names no image of its entry must name none of another's.
+    valid = (image >= 0) & (image < batch) & (image == image.floor())
+    image = torch.where(valid, image + first.repeat_interleave(rois.shape[0] // count), -1)
+    return [x, torch.cat([image[:, None], rois[:, 1:]], 1), *others]
+
+
+_register_vmap(_pool, _pool_backward, 4)
+_register_vmap(_pool_by_position, _pool_by_position_backward, 3)
+for _operator in (_mimic, _mimic_backward):
+    torch.library.register_vmap(_operator, one_by_one(_operator))
 
 
 def _empty(x: Tensor, rois: Tensor, channels: int, output_size: Sequence[int]) -> Tensor:
