@@ -413,6 +413,19 @@ def test_extents_without_a_number_are_refused():
         jax.export.export(jax.jit(convolution(parameters)))(*shapes)
 
 
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_other_devices_are_refused(differentiated):
+    x, weight = jnp.ones((1, 4, 6, 6)), jnp.ones((4, 4, 3, 3))
+
+    def loss(x, weight):
+        return dcn_jax.deform_conv(x, None, weight).sum()
+
+    traced = jax.jit(jax.grad(loss) if differentiated else loss).trace(x, weight)
+    assert "dcn_np_deform_conv" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    with pytest.raises(NotImplementedError, match=r"^dcn_np\.jax .* but is lowered for cuda: "):
+        traced.lower(lowering_platforms=("cuda",))
+
+
 def test_an_exported_program():
     problem, arrays, parameters = problem_of()
     ours = jax.export.DisabledSafetyCheck.custom_call("dcn_np_deform_conv")
