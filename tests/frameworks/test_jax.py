@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from adapters import addresses
 from calls import mapped_and_resident, python_with_calls
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -392,6 +393,17 @@ def test_what_does_not_fit_is_named():
         call(x, offset, mask, None, bias)
     with pytest.raises(ValueError, match=r"^float32_matmul is 'fast'"):
         dcn_jax.deform_conv(x, offset, weight, float32_matmul="fast")
+
+
+def test_the_plain_function_copies_nothing(monkeypatch):
+    _, arrays, parameters = problem_of()
+    with addresses(monkeypatch) as calls:
+        y = dcn_np.modulated_deform_conv(*arrays, *parameters)
+        gradients = dcn_np.modulated_deform_conv_backward(y, *arrays[:4], *parameters)
+    inputs = [array.unsafe_buffer_pointer() for array in arrays]
+    result = y.unsafe_buffer_pointer()
+    wanted = [gradient.unsafe_buffer_pointer() for gradient in gradients]
+    assert calls == [(inputs, [result]), ([result, *inputs[:4]], wanted)]
 
 
 def test_the_plain_function_names_this_one_where_jax_traces():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from adapters import addresses
 from calls import python
 from problems import random_problem
 from torch import nn
@@ -274,6 +275,27 @@ def test_c_functions_and_capsules_give_the_same(monkeypatch):
     y = dcn_np.modulated_deform_conv(*tensors, *parameters)
     as_parameters = [nn.Parameter(tensor, requires_grad=False) for tensor in tensors]
     assert torch.equal(dcn_np.modulated_deform_conv(*as_parameters, *parameters), y)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_nothing_is_copied(monkeypatch, dtype, layout):
+    _, tensors, parameters = problem_of(dtype=dtype, grad=False)
+    tensors[:3] = [tensor.contiguous(memory_format=layout) for tensor in tensors[:3]]
+    inputs = [tensor.data_ptr() for tensor in tensors]
+    with addresses(monkeypatch) as calls:
+        plain = dcn_np.modulated_deform_conv(*tensors, *parameters)
+        for tensor in tensors:
+            tensor.requires_grad_()
+        y = dcn_torch.modulated_deform_conv(*tensors, *parameters)
+        grad_output = torch.ones_like(y)
+        gradients = torch.autograd.grad(y, tensors, grad_output)
+    (read, written), (read_again, written_again), backward = calls
+    assert read == read_again == inputs
+    assert (written, written_again) == ([plain.data_ptr()], [y.data_ptr()])
+    assert backward[0] == [grad_output.data_ptr(), *inputs[:4]]
+    assert backward[1] == [gradient.data_ptr() for gradient in gradients]
+    assert all(array.is_contiguous(memory_format=layout) for array in (plain, y, *gradients[:3]))
 
 
 def test_torchvision_s_signature():
