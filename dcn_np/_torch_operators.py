@@ -161,7 +161,7 @@ def _record(
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
-    class Node(torch.autograd.function._SingleLevelFunction):
+    class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, keyset: Any, *inputs: Any) -> Any:
             remember(ctx, inputs)
@@ -177,11 +177,15 @@ def _record(
         def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
             raise NotImplementedError(f"{operator} has derivatives backward only, none in forward mode")
 
+    # The graph shows the operator's name; Function.apply itself asks torch.func how to transform the node.
+    named: Any = type(str(operator), (Node,), {})
+    apply = super(torch.autograd.Function, named).apply
+
     def dispatch(keyset: Any, *inputs: Any) -> Any:
         if not _is_recorded(inputs):
             return below(keyset, inputs)
         with enable_single_level_autograd_function():
-            result = Node.apply(keyset, *inputs)
+            result = apply(keyset, *inputs)
         return list(result) if isinstance(result, tuple) else result
 
     _LIBRARY.impl(operator, dispatch, "Autograd", with_keyset=True)
@@ -196,7 +200,8 @@ def _is_recorded(inputs: tuple[Any, ...]) -> bool:
 
 def autocasts(x: Tensor) -> bool:
     """Return whether autocast is on, for the device of `x`."""
-    on: bool = torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    on: bool = kind != "meta" and torch.is_autocast_enabled(kind)
     return on
 
 

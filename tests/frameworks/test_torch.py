@@ -15,6 +15,7 @@ from adapters import addresses
 from calls import python
 from problems import random_problem
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.distributed.fsdp import fully_shard
 
 import dcn_np
@@ -123,6 +124,22 @@ def test_compiled_without_a_break():
     again.square().sum().backward()
     for one, other in zip(network.parameters(), compiled.parameters(), strict=True):
         assert torch.allclose(one.grad, other.grad, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_backward():
+    module, x = moved(nn.Sequential(dcn_torch.ModulatedDeformConv2d(3, 4, 3)))[0], torch.randn(2, 3, 7, 8)
+    wanted = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    loss = module(x).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    for parameter, gradient in zip(module.parameters(), wanted, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-5)
+
+
+def test_shapes_without_memory():
+    module = dcn_torch.ModulatedDeformConv2d(3, 4, 3, stride=2, device="meta")
+    assert module(torch.randn(2, 3, 7, 9, device="meta")).shape == (2, 4, 3, 4)
 
 
 def test_exported():
