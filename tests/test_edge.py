@@ -25,9 +25,7 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def network():
-    found = networks.Network(run.VARIANT)
-    found.load_state_dict(runs.read_weights()[0][run.VARIANT])
-    return found
+    return networks.Network(run.VARIANT, state=runs.read_weights()[0][run.VARIANT])
 
 
 @pytest.fixture(scope="module")

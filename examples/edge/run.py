@@ -55,8 +55,7 @@ def run(options: argparse.Namespace) -> None:
     """Read the network, answer, and print."""
     peaks = {"numpy": memory_of_numpy(), "imports": peak_memory()}
     states, _, originals = read_weights()
-    network = Network(VARIANT)
-    network.load_state_dict(states[VARIANT])
+    network = Network(VARIANT, state=states[VARIANT])
     peaks["network"] = peak_memory()
     print(f"{VARIANT}, {dcn_np.get_num_threads()} threads, {dcn_np.isa()}")
     seconds = []
