@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -76,14 +77,17 @@ def test_the_same_versions_are_declared():
 def engine(tmp_path):
     """Return the path of the extension in a copy of the package."""
     shutil.copytree(PACKAGE, tmp_path / "dcn_np", ignore=shutil.ignore_patterns("__pycache__"))
-    (path,) = (tmp_path / "dcn_np" / "cpu").glob("_native*.so")
+    files = (tmp_path / "dcn_np" / "cpu").glob("_native.*")
+    (path,) = (file for file in files if file.name.endswith(tuple(EXTENSION_SUFFIXES)))
     return path
 
 
 def test_a_tree_that_was_not_built_is_named(engine):
     engine.unlink()
     said = error_of("import dcn_np", engine.parents[2])
-    assert said.startswith(f"ImportError: {engine.parent} has no engine, _native.so; wanted one for ")
+    assert said.startswith(
+        f"ImportError: {engine.parent} has no engine, _native{EXTENSION_SUFFIXES[-1]}; wanted one for "
+    )
     assert said.endswith("Run `make build` in a source tree that was not built, or pip install it")
 
 

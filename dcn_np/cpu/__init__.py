@@ -47,7 +47,8 @@ openmp_problem = _load_openmp()
 if openmp_problem is not None:
     warnings.warn(NO_OPENMP.format(openmp_problem), RuntimeWarning, stacklevel=2)
 
-os.register_at_fork(after_in_child=_native.after_fork_in_child)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_native.after_fork_in_child)
 
 _ISAS = [name for name, _ in _native.isas()]
 # What is computed in, and what else is stored, by the kernels' numbers.
