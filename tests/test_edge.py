@@ -253,6 +253,14 @@ def test_the_peak_grows_with_what_is_held():
     assert 5e6 < memory.memory_of_numpy() < 1e8  # not what this process, its parent, holds
 
 
+def test_the_peak_of_each_import_is_said():
+    command = [sys.executable, "-m", "examples.edge.memory", "numpy", "numpy.random"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    peaks = [int(line.split()[0]) for line in found.splitlines()]
+    assert re.fullmatch(r"\d+ bytes after numpy\n\d+ bytes after numpy\.random\n", found)
+    assert peaks == sorted(peaks)
+
+
 def test_the_verdict_on_memory():
     peaks = {"numpy": 20 * 2**20, "imports": 30 * 2**20, "network": 31 * 2**20, "frames": 33 * 2**20}
     text = run.memory(peaks, 2**20)
