@@ -1,4 +1,4 @@
-"""How much memory a process held at most (Linux). As a script: one that imports the modules named, in order."""
+"""How much memory a process held at most (Linux). As a script: one that imports modules, in order."""
 
 from __future__ import annotations
 
