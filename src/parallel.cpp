@@ -200,15 +200,23 @@ void* allocate(size_t bytes) {
   // tables when corners are gathered from all over an image.
   constexpr size_t kAlignment = 64, kHugePage = 2 << 20;
   const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
-  if (bytes > SIZE_MAX - alignment) return nullptr;
+  if (bytes > SIZE_MAX - 2 * alignment) return nullptr;
   const size_t whole = (bytes + alignment - 1) / alignment * alignment;
-  void* memory = std::aligned_alloc(alignment, whole);
+  // Not aligned_alloc: where glibc is older than 2.38 it finds no use for the block that the last call freed, and
+  // the heap of a small process grew by megabytes.
+  char* given = static_cast<char*>(std::malloc(whole + alignment));
+  if (!given) return nullptr;
+  // malloc aligns for a pointer at least: one to what it gave stands before the block.
+  char* block = given + alignment - reinterpret_cast<uintptr_t>(given) % alignment;
+  reinterpret_cast<void**>(block)[-1] = given;
 #if defined(MADV_HUGEPAGE)
-  if (memory && alignment == kHugePage) madvise(memory, whole, MADV_HUGEPAGE);
+  if (alignment == kHugePage) madvise(block, whole, MADV_HUGEPAGE);
 #endif
-  return memory;
+  return block;
 }
 
-void release(void* memory) { std::free(memory); }
+void release(void* memory) {
+  if (memory) std::free(static_cast<void**>(memory)[-1]);
+}
 
 }  // namespace dcn

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from calls import python
 
 import dcn_np
 from dcn_np import layers, reference
@@ -367,8 +368,35 @@ def test_a_state_dict_makes_an_equal_layer(kind, bias):
     second.load_state_dict(state)
     x = image(first, rng)
     np.testing.assert_array_equal(first.forward(x), second.forward(x))
+    third = kind.from_state_dict(state, 2, 2, 2, padding=1, bias=bias, dtype=np.float64)
+    np.testing.assert_array_equal(first.forward(x), third.forward(x))
     second.weight += 1  # a copy
     np.testing.assert_array_equal(first.weight, state["weight"])
+
+
+def test_a_state_that_does_not_fit_makes_no_layer():
+    state = Conv2d(2, 4, 3).state_dict()
+    with pytest.raises(ValueError, match=r"weight has the shape \(4, 2, 3, 3\); .* wants \(4, 2, 2, 2\)"):
+        Conv2d.from_state_dict(state, 2, 4, 2)
+    with pytest.raises(ValueError, match=r"state holds 'bias'; .*bias=False\) has 'weight' only"):
+        Conv2d.from_state_dict(state, 2, 4, 3, bias=False)
+
+
+NOTHING_DRAWN = """
+import sys, numpy
+before = set(sys.modules)
+import dcn_np.layers as layers
+state = layers.load_npz(sys.argv[1])
+layer = layers.ModulatedDeformConv2d.from_state_dict(state, 2, 4, 3, padding=1)
+layer.forward(numpy.ones((1, 2, 5, 5), numpy.float32))
+print(*(name for name in set(sys.modules) - before if name.startswith("numpy")))
+"""
+
+
+def test_loading_and_running_a_layer_imports_no_more_of_numpy(tmp_path):
+    # numpy.random alone takes 6 MB. NumPy 1 imports it by itself.
+    layers.save_npz(tmp_path / "layer.npz", ModulatedDeformConv2d(2, 4, 3).state_dict())
+    assert python(NOTHING_DRAWN, tmp_path / "layer.npz") == ""
 
 
 def test_a_layer_keeps_its_dtype():

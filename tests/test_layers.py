@@ -21,7 +21,7 @@ SOURCES = ROOT / "src"
 # What each module may import of the package, inside functions too but not for types. The commands, and
 # __main__, may import all.
 MAY_IMPORT = {
-    "dcn_np": {"backends", "cpu", "deform_conv", "feature_mimic", "roi_pool", "threads"},
+    "dcn_np": {"_requirements", "backends", "cpu", "deform_conv", "feature_mimic", "roi_pool", "threads"},
     "deform_conv": {"arrays", "backends", "docstrings", "geometry"},
     "roi_pool": {"arrays", "backends", "docstrings", "geometry", "roi_geometry"},
     "feature_mimic": {"arrays", "backends", "docstrings", "messages"},
@@ -29,9 +29,10 @@ MAY_IMPORT = {
     "roi_geometry": {"geometry", "messages"},
     "arrays": {"_dlpack", "messages"},
     "geometry": {"messages"},
+    "_requirements": set(),
     "messages": set(),
     "backends": {"cpu", "cuda"},
-    "cpu": {"backends", "cpu._native", "cpu._openmp", "geometry", "roi_geometry", "threads"},
+    "cpu": {"_requirements", "backends", "cpu._native", "cpu._openmp", "geometry", "roi_geometry", "threads"},
     "cuda": {"backends", "cuda.device", "cuda.engine", "cuda.regions", "geometry", "roi_geometry"},
     "cuda.copying": {"cuda.launching", "cuda.modules"},
     "cuda.device": {"cuda.launching", "cuda.modules"},
