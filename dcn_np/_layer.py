@@ -140,7 +140,7 @@ def namespace(array: Array) -> Any:
 
 
 def logistic(values: Array, factor: int) -> Array:
-    """Return factor / (1 + exp(-values)), of values (batch, channels, *axes), which are overwritten on a CPU."""
+    """Return factor / (1 + exp(-values)); values (batch, channels, *axes) on a CPU are overwritten."""
     if isinstance(values, numpy.ndarray):
         return cpu.logistic(values, factor)
     xp = namespace(values)

@@ -34,8 +34,7 @@ class Preparation:
     def __init__(
         self, geometry: Geometry, call: Call, concurrency: int, parameters: Mapping[str, Array]
     ) -> None:
-        self._geometry, self._concurrency = geometry, concurrency
-        self._weight, self._bias = parameters["weight"], parameters.get("bias")
+        self._geometry, self._concurrency, self._weight = geometry, concurrency, parameters["weight"]
         self.shape = (geometry.batch, geometry.in_channels, *geometry.input)
         self._call = call
         # Taking from a deque and giving back is atomic, needs no lock and no memory.
@@ -66,22 +65,23 @@ class Preparation:
     def _check(self, x: Array, out: Array | None) -> None:
         if x.shape != self.shape:
             raise ValueError(
-                f"x has the shape {x.shape}; the layer is prepared for {self.shape}: prepare({x.shape}) prepares it "
-                "anew, and after unprepare() it takes any"
+                f"x has the shape {x.shape}; the layer is prepared for {self.shape}: prepare({x.shape}) "
+                "prepares it anew, and after unprepare() it takes any"
             )
         if x.dtype != self._geometry.dtype:
             raise TypeError(f"x has dtype {x.dtype}; the layer is prepared for {self._geometry.dtype}")
         if out is not None:
-            check_out(self._geometry, numpy.may_share_memory, out, x, None, None, self._weight, self._bias)
+            # Of the parameters there are copies: out cannot change what is read, wherever it lies.
+            check_out(self._geometry, numpy.may_share_memory, out, x, None, None, None, None)
 
     def _taken(self) -> Call:
         try:
             return self._idle.pop()
         except IndexError:
             if os.getpid() == self._process:
-                calls = f"{count(self._concurrency, 'call')} at a time"
                 raise RuntimeError(
-                    f"the layer is prepared for {calls}, and as many run: wanted prepare(..., concurrency=n) for n"
+                    f"the layer is prepared for {count(self._concurrency, 'call')} at a time, and as many "
+                    "run; for n wanted prepare(..., concurrency=n)"
                 ) from None
         # The threads that had them did not come along into this fork.
         self._process = os.getpid()
@@ -107,7 +107,7 @@ class RigidCall:
 
 
 class DeformableCall:
-    """A deformable convolution, with the array that its branch fills: so many channels of offsets, then masks."""
+    """A deformable convolution, and what its branch fills: so many channels of offsets, then masks."""
 
     def __init__(self, branch: PreparedConv, conv: PreparedConv, made: Array, offsets: int) -> None:
         self._branch, self._conv, self._made, self._offsets = branch, conv, made, offsets
@@ -131,7 +131,7 @@ def prepared_conv(
     conv = backend_of(weight).prepare_deform_conv(geometry, weight, bias, first, factor)
     if conv is None:
         raise TypeError(
-            "the parameters are CuPy's; prepare wants NumPy's: a GPU's kernels pack no weights for later, and CuPy's "
-            "pool keeps the memory of calls without it"
+            "the parameters are CuPy's; prepare wants NumPy's: on a GPU kernels pack no weights, and CuPy's "
+            "pool keeps the memory of calls by itself"
         )
     return conv

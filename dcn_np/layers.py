@@ -2,7 +2,8 @@
 
 `dcn_np.deform_conv` and its kin are functions of arrays that the caller keeps. A layer keeps them: `forward`
 remembers what `backward` needs, `backward` returns the gradient of the input and puts those of the parameters
-in `gradients`. What updates the parameters is the caller's.
+in `gradients`. What updates the parameters is the caller's. For many images of one shape, `prepare` has the
+weights packed and the memory taken once.
 """
 
 from __future__ import annotations
@@ -159,17 +160,17 @@ class _Conv(Layer):
     def prepare(self, input_shape: Sequence[int], *, concurrency: int = 1) -> None:
         """Pack the weights and take all memory beforehand for images of one shape: for video and cameras.
 
-        Calls of `forward` then take this shape only, and give the bits that they gave before. With `out` they allocate
-        nothing and take no lock. They remember nothing for `backward`.
+        Calls of `forward` then take this shape only, and give the bits that they gave before. With `out` they
+        allocate nothing and take no lock. They remember nothing for `backward`.
 
         Parameters
         ----------
         input_shape : tuple of int
-            (batch, in_channels, *input), as of the images to come. Their strides may be any; one that is not aligned,
-            and an `out` whose spatial axes do not lie as one, cost a copy.
+            (batch, in_channels, *input), as of the images to come. These may lie in any memory order; one
+            that is not aligned, and an `out` whose spatial axes do not lie as one, cost a copy.
         concurrency : int
-            How many threads may be in `forward` at the same time. Each has working space of its own; the packed weights
-            are shared.
+            How many threads may be in `forward` at the same time; one more raises RuntimeError there. Each
+            has working space of its own, and the packed weights are shared.
 
         Raises
         ------
@@ -187,13 +188,15 @@ class _Conv(Layer):
 
         Notes
         -----
-        While a layer is prepared its parameters are read-only, so that no change in place goes unnoticed: call
-        `unprepare` before, and `prepare` after it. Setting a parameter or a number of the layer, and
-        `load_state_dict`, end the preparation. Views of a parameter that were made before can still write to it,
-        and do not change what is computed.
+        While a layer is prepared its parameters are read-only, so that no change in place goes unnoticed:
+        call `unprepare` before it, and `prepare` after it. Setting a parameter or a number of the layer, and
+        `load_state_dict`, end the preparation. Views of a parameter that were made before can still write to
+        it, which a prepared layer does not see.
 
-        Calls run on the instruction set of the preparation, and on at most as many threads as were allowed then. In a
-        process that was forked they go on, as do other calls, on one thread. Copies of a layer are not prepared.
+        Calls run on the instruction set of the preparation, and on at most as many threads as were allowed
+        then. In a forked process they go on, as other calls do, on one thread. Copies of a layer are not
+        prepared. What a call allocates once more is threads: OpenMP starts them for the first call of each
+        thread of the program that takes several.
 
         Examples
         --------
@@ -205,16 +208,15 @@ class _Conv(Layer):
         >>> for frame in numpy.ones((5, 1, 3, 20, 24), numpy.float32):
         ...     y = layer.forward(frame, out=y)
         """
-        shape = self._input_shape(input_shape)
+        geometries = self._geometries(self._input_shape(input_shape))
         concurrency = positive("concurrency", concurrency)
-        self._geometries(shape)  # before anything changes
         self.unprepare()
         self._kept = None
-        call, parameters = self._prepared_call(shape), self.parameters()
-        self._prepared = Preparation(self._geometries(shape)[0], call, concurrency, parameters)
+        call = self._prepared_call(geometries)
+        self._prepared = Preparation(geometries[0], call, concurrency, self.parameters())
 
     def unprepare(self) -> None:
-        """Give up what `prepare` made, if it did: parameters may be written to again, and images have any shape.
+        """Give up what `prepare` made: parameters may be written to again, and images have any shape.
 
         See Also
         --------
@@ -235,10 +237,10 @@ class _Conv(Layer):
         Parameters
         ----------
         x : array, shape (batch, in_channels, *input)
-            The images, of the dtype, library and device of the parameters. They are kept, not copied. A layer that is
-            prepared takes images of that shape only, and remembers nothing.
+            The images, of the dtype, library and device of the parameters. They are kept, not copied. A
+            prepared layer takes images of one shape only, and keeps none.
         out : array, shape (batch, out_channels, *output), or None
-            Where to write the output: dtype of `x`, in memory that neither the images nor the parameters overlap.
+            Where to write the output: dtype of `x`, in memory that neither images nor parameters overlap.
 
         Returns
         -------
@@ -250,8 +252,8 @@ class _Conv(Layer):
         TypeError
             `x` or `out` is no array, or of another dtype.
         ValueError
-            The shape of `x` or `out` does not fit, or that of `x` is not what the layer is prepared for; or `out` cannot be
-            written to.
+            The shape of `x` or `out` does not fit, that of `x` is not the one that the layer is prepared for,
+            or `out` cannot be written to.
         RuntimeError
             As many calls run already as the layer is prepared for.
 
@@ -321,16 +323,22 @@ class _Conv(Layer):
         self._check_x(x)
         return None, None
 
+    def _remembered(self) -> tuple[Any, ...]:
+        if self._prepared is not None:
+            raise RuntimeError(
+                "the layer is prepared, and remembers nothing for backward; wanted unprepare() and forward(x)"
+            )
+        return super()._remembered()
+
     def _window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups, self.offset_groups
 
     def _geometries(self, shape: tuple[int, ...]) -> tuple[Geometry, ...]:
-        """Return the sizes of the layer's convolutions: that which makes its output, and the branch if there is one."""
+        """Return the sizes of the convolution that makes the output, and of the branch if there is one."""
         return (self._geometry(shape, self.weight, self.bias, self._window()),)
 
-    def _prepared_call(self, shape: tuple[int, ...]) -> Call:
-        (geometry,) = self._geometries(shape)
-        return RigidCall(prepared_conv(geometry, self.weight, self.bias))
+    def _prepared_call(self, geometries: tuple[Geometry, ...]) -> Call:
+        return RigidCall(prepared_conv(geometries[0], self.weight, self.bias))
 
     def _input_shape(self, value: Sequence[int]) -> tuple[int, ...]:
         shape = checked_integers("input_shape", value, 1)
@@ -524,8 +532,8 @@ class _Deformable(_Conv):
         branch = self.conv_offset_weight, self.conv_offset_bias, self._branch_window()
         return (*super()._geometries(shape), self._geometry(shape, *branch))
 
-    def _prepared_call(self, shape: tuple[int, ...]) -> Call:
-        geometry, branch_geometry = self._geometries(shape)
+    def _prepared_call(self, geometries: tuple[Geometry, ...]) -> Call:
+        geometry, branch_geometry = geometries
         parameters = self.conv_offset_weight, self.conv_offset_bias
         branch = prepared_conv(branch_geometry, *parameters, self._offsets, self._factor())
         conv = prepared_conv(geometry, self.weight, self.bias)

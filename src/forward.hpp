@@ -80,7 +80,8 @@ struct ForwardBuffers {
 
   ForwardBuffers(const ForwardPlan<T, NDim>& plan, Workspace& space) {
     x = space.take<T>(plan.x.buffer_elements() * plan.round_images);
-    weights = plan.prepared ? static_cast<T*>(plan.prepared->weights) : PackedWeights<T, NDim>(plan, space).data;
+    weights =
+        plan.prepared ? static_cast<T*>(plan.prepared->weights) : PackedWeights<T, NDim>(plan, space).data;
     zeros = space.take<T>(plan.geometry.in_channels);
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {

@@ -20,7 +20,7 @@ struct Exponential {
   static constexpr bool kSingle = sizeof(T) == sizeof(float);
   static constexpr int kMantissa = kSingle ? 23 : 52, kBias = kSingle ? 127 : 1023;
   static constexpr T kLeast = kSingle ? T(-104) : T(-746);  // half the smallest number and less: rounded to 0
-  static constexpr int kTerms = kSingle ? 7 : 13;           // the next is below a tenth of a unit in the last place
+  static constexpr int kTerms = kSingle ? 7 : 13;  // the next is below a tenth of a unit in the last place
   static constexpr T kRound = static_cast<T>(3LL << (kMantissa - 1));  // added, it leaves whole numbers
   // ln 2 in two parts, the first so short that its products with exponents are exact.
   static constexpr long double kLn2 = 0.693147180559945309417232121458L;
@@ -69,7 +69,8 @@ void logistic(const Planes& values, Storage storage, const int64_t (&extents)[3]
     const Displacement<T, 1> lines({}, values, storage, channels, image, 0);
     for (int64_t channel = 0; channel < channels; ++channel)
       for (int64_t p = 0; p < positions; p += L::count) {
-        const auto found = logistic_of<L>(lines.template masks<L>(channel, p, positions - p), L::real(factor));
+        const auto found =
+            logistic_of<L>(lines.template masks<L>(channel, p, positions - p), L::real(factor));
         lines.template write_masks<L>(channel, p, positions - p, found);
       }
   }

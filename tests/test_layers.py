@@ -56,7 +56,16 @@ MAY_IMPORT = {
     "_layer": {"arrays", "backends", "checkpoints", "cpu", "messages"},
     "_prepared": {"arrays", "backends", "geometry", "messages"},
     "_roi_layers": {"_layer", "arrays", "backends", "checkpoints", "geometry", "roi_geometry", "roi_pool"},
-    "layers": {"_layer", "_prepared", "_roi_layers", "arrays", "checkpoints", "deform_conv", "geometry", "messages"},
+    "layers": {
+        "_layer",
+        "_prepared",
+        "_roi_layers",
+        "arrays",
+        "checkpoints",
+        "deform_conv",
+        "geometry",
+        "messages",
+    },
     "analysis": {
         *("analysis.nodes", "analysis.offset_statistics", "analysis.receptive_field", "analysis.saliency"),
         *("analysis.sampling", "analysis.strength", "analysis.views"),

@@ -143,11 +143,13 @@ def deform_conv(
 class _PreparedConv:
     """For as many threads as a call made here and now may use, or fewer; on the instruction set of now."""
 
-    def __init__(self, geometry: Geometry, native: _native.PreparedForward, arguments: tuple[Any, ...]) -> None:
+    def __init__(
+        self, geometry: Geometry, native: _native.PreparedForward, arguments: tuple[Any, ...]
+    ) -> None:
         self._geometry, self._native, self._arguments = geometry, native, arguments
 
     def beside(self) -> _PreparedConv:
-        native = _native.PreparedForward(*self._arguments, self._native)
+        native = _native.PreparedForward(self._native, *self._arguments)
         return _PreparedConv(self._geometry, native, self._arguments)
 
     def run(self, x: Any, offset: Any, mask: Any, out: Any) -> Any:
@@ -165,7 +167,7 @@ def prepare_deform_conv(
 ) -> PreparedConv | None:
     """Pack the weights and take working space, for any memory order of x."""
     how, kept = _how(geometry), None if bias is None else _wide(bias).copy()
-    native = _native.PreparedForward(*how, _wide(weight), kept, logistic_from, factor)
+    native = _native.PreparedForward(None, *how, _wide(weight), kept, logistic_from, factor)
     return _PreparedConv(geometry, native, (*how, None, kept, logistic_from, factor))
 
 

@@ -18,6 +18,7 @@ def deform_conv(
 class PreparedForward:
     def __new__(
         cls,
+        beside: PreparedForward | None,
         isa: int,
         dtype: int,
         images: int,
@@ -28,7 +29,6 @@ class PreparedForward:
         bias: Any,
         logistic_from: int,
         factor: float,
-        beside: PreparedForward | None = None,
     ) -> PreparedForward: ...
     @property
     def threads(self) -> int: ...

@@ -277,9 +277,9 @@ def deform_conv(
 cdef class PreparedForward:
     """The packed weights and the working space of calls of one geometry, made one at a time.
 
-    The first arguments are those of `deform_conv`. `weight` is packed, or that of `beside` is used,
-    whose calls may run at the same time; `bias` is kept and read by every call. The output's channels from `logistic_from` on go through
-    `factor` times the logistic function.
+    Most arguments are those of `deform_conv`. `weight` is packed; or, if that is not None, what `beside` has
+    packed is used, whose calls may run at the same time. `bias` is kept and read by every call. The output's
+    channels from `logistic_from` on go through `factor` times the logistic function.
     """
 
     cdef ForwardArguments arguments
@@ -294,8 +294,8 @@ cdef class PreparedForward:
     cdef cbool owns_weights
 
     def __cinit__(
-        self, int isa, int dtype, int images, int positions, int threads, geometry, weight, bias,
-        int64_t logistic_from, double factor, PreparedForward beside=None,
+        self, PreparedForward beside, int isa, int dtype, int images, int positions, int threads, geometry,
+        weight, bias, int64_t logistic_from, double factor,
     ):
         cdef Buffers given = Buffers()
         cdef Status status
