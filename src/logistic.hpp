@@ -66,7 +66,7 @@ void logistic(const Planes& values, Storage storage, const int64_t (&extents)[3]
   using L = typename RegisterLanes<T>::type;
   const auto [batch, channels, positions] = extents;
   for (int64_t image = 0; image < batch; ++image) {
-    const Displacement<T, 1> lines({}, values, storage, channels, image, 0);
+    const Displacement<T, 1> lines({}, values, storage, channels, image, 0, 1);
     for (int64_t channel = 0; channel < channels; ++channel)
       for (int64_t p = 0; p < positions; p += L::count) {
         const auto found =
