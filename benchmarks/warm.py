@@ -4,8 +4,9 @@
 
 S9 is nearly all overhead, S12 has many weights for few pixels. "operator" is the convolution by given offsets
 and masks, as the backend prepares it; the layers make theirs by a branch, which is a convolution too. Every
-result is validated against the reference first, and prepared calls must give the bits of others; then all take
-turns in rounds, each round in a new random order. Last, S1 is called many times in a row, each call timed.
+result is validated against the reference first, and prepared calls must give the bits of others; then all
+take turns in rounds, each round in a new random order. Last, S1 is called many times in a row, and each call
+timed.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class Network:
         self.outputs: dict[str, Array] = {}  # of prepared convolutions
 
     def prepare(self, shape: tuple[int, ...]) -> None:
-        """Let the layers pack their weights and take all memory, for images (batch, 1, height, width) like these."""
+        """Let the layers pack their weights and take their memory, for images (batch, 1, height, width)."""
         *convs, (_, classifier) = self.layers.items()
         x = numpy.zeros(shape, classifier.dtype)
         for name, conv in convs:
