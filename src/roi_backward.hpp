@@ -14,22 +14,19 @@ struct RoIBlock {
   int64_t first, count, class_id;
 };
 
-constexpr int kDotsPerBin = 4;  // three are used: a vector of four is what sums() gives
-
 template <class T>
 struct RoIBackwardPlan : RoIPlan {
   Slices<T> x, grad_x;
   Storage images;
   Planes grad_output, grad_offset, grad_mask;
   bool grads_at_x, grads_at_positions;
-  int64_t class_blocks, blocks;   // of a slice
-  int64_t together, class_items;  // blocks of a class that an item takes, and items of a class
-  int64_t strip;                  // regions
-  int64_t rounds;                 // images at a time
+  int64_t class_blocks, blocks;  // of a slice
+  int64_t located_bytes;         // of a bin and its lines
+  int64_t strip;                 // regions
+  int64_t rounds;                // images at a time
   int threads;
 
-  // Blocks that share the locating of a bin: it takes a third of the time where every block locates for itself.
-  static constexpr int64_t kBlock = 2 * kLanes<T>, kTileBins = 64, kTogether = 4;
+  static constexpr int64_t kBlock = kBlockVectors * kLanes<T>, kTileBins = 64;
   static_assert(kTileBins <= kCopyPixels);
 
   RoIBackwardPlan(const RoIBackwardArguments& arguments, int threads)
@@ -45,18 +42,17 @@ struct RoIBackwardPlan : RoIPlan {
         class_blocks(ceiling(class_outputs, kBlock)),
         blocks(class_blocks * geometry.classes),
         threads(threads) {
-    // Never less than an item for each thread, as far as there are blocks: it decides no bit.
-    const int64_t all = class_blocks * geometry.classes * x.count * geometry.batch;
-    together = clamp(least(all / (2 * threads), class_blocks), 1, kTogether);
-    class_items = ceiling(class_blocks, together);
-    constexpr int64_t kDotsBytes = 6 << 20, kLeast = 16;
-    const int64_t bytes = bins * blocks * kDotsPerBin * static_cast<int64_t>(sizeof(T)) + 1;
-    strip = grads_at_positions ? clamp(kDotsBytes / bytes, least(kLeast, geometry.rois), geometry.rois)
-                               : geometry.rois;
+    const int64_t lines = most_lines(0) + most_lines(1);
+    located_bytes = static_cast<int64_t>(sizeof(LocatedBin<T>) + lines * sizeof(Line<T>));
+    constexpr int64_t kStripBytes = 12 << 20, kLeast = 16;
+    const int64_t dots_bytes = grads_at_positions ? class_blocks * kDotsPerBin * sizeof(T) : 0;
+    const int64_t bytes = bins * geometry.classes * (located_bytes + dots_bytes) + 1;
+    strip = clamp(kStripBytes / bytes, least(kLeast, geometry.rois), geometry.rois);
     rounds = round_images((x_elements() + grad_x_elements()) * sizeof(T), threads);
   }
   size_t x_elements() const { return grads_at_positions ? x.image_elements() : 0; }
   size_t grad_x_elements() const { return grads_at_x ? grad_x.image_elements() : 0; }
+  int64_t strip_bytes() const { return strip * bins * geometry.classes * located_bytes; }
   int64_t dots_elements() const { return grads_at_positions ? strip * bins * blocks * kDotsPerBin : 0; }
 
   RoIBlock block(int64_t index) const {
@@ -74,16 +70,18 @@ struct RoIBackwardBuffers {
   T* x;
   T* grad_x;
   T* dots;
+  char* located;
   PerThread* thread;
 
   RoIBackwardBuffers(const RoIBackwardPlan<T>& plan, Workspace& space) {
     x = space.take<T>(plan.rounds * plan.x_elements());
     grad_x = space.take<T>(plan.rounds * plan.grad_x_elements());
     dots = space.take<T>(plan.dots_elements());
+    located = space.take<char>(plan.strip_bytes());
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
       const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
-                              space.take<T>(plan.kTileBins * plan.kBlock * plan.together)};
+                              space.take<T>(plan.kTileBins * plan.kBlock)};
       if (thread) thread[i] = mine;
     }
   }
@@ -156,56 +154,59 @@ class RoIBackwardRun {
     const int64_t begin = plan_.begins[first_image_], end = plan_.begins[first_image_ + images_];
     for (int64_t first = begin; first < end; first += plan_.strip) {
       const int64_t last = least(first + plan_.strip, end);
-      const int64_t items = plan_.geometry.classes * plan_.class_items;  // of a slice
-      const bool finished = team_.run(items * slices() * images_, [&](int64_t item, int thread) {
-        const int64_t image_slice = item / items, class_id = item % items / plan_.class_items;
-        const int64_t within = item % plan_.class_items * plan_.together;
-        visit_blocks(image_slice / slices(), image_slice % slices(), class_id * plan_.class_blocks + within,
-                     least(plan_.together, plan_.class_blocks - within), first, last, thread);
+      const int64_t items = plan_.blocks * slices() * images_;
+      const bool finished = locate(first, last) && team_.run(items, [&](int64_t item, int thread) {
+        const int64_t image_slice = item / plan_.blocks;
+        visit_block(image_slice / slices(), image_slice % slices(), item % plan_.blocks, first, last, thread);
       });
       if (!finished || !combine(first, last)) return false;
     }
     return true;
   }
 
-  // A block of an item: its pixels, and the gradients of a tile of bins.
+  // The bins of regions of an image, for every class.
+  bool locate(int64_t first, int64_t last) {
+    return team_.run(last - first, [&](int64_t item, int thread) {
+      for (int64_t class_id = 0; class_id < plan_.geometry.classes; ++class_id) {
+        Patch<T> patch(plan_, buffers_.thread[thread].patch, plan_.order[first + item]);
+        for (int64_t bin = 0; bin < plan_.bins; ++bin) {
+          if (plan_.grads_at_positions)
+            patch.template locate<true>(bin, class_id);
+          else
+            patch.template locate<false>(bin, class_id);
+          patch.keep(located(item, bin, class_id));
+        }
+      }
+    });
+  }
+  LocatedBin<T>& located(int64_t region, int64_t bin, int64_t class_id) const {
+    const int64_t index = (region * plan_.geometry.classes + class_id) * plan_.bins + bin;
+    return *reinterpret_cast<LocatedBin<T>*>(buffers_.located + index * plan_.located_bytes);
+  }
+
+  // The pixels of a block of channels.
   struct Visited {
     RoIBlock block;
     int64_t index;
     Pixels<2> x, grad_x;
-    T* gradients;
   };
 
-  // `count` blocks of a class; the regions first to last, in the order by images, that lie in the image.
-  void visit_blocks(int64_t slot, int64_t slice, int64_t index, int64_t count, int64_t first, int64_t last,
-                    int thread) {
+  // The regions first to last, in the order by images, that lie in the image.
+  void visit_block(int64_t slot, int64_t slice, int64_t index, int64_t first, int64_t last, int thread) {
     const int64_t begin = plan_.begins[first_image_ + slot], end = plan_.begins[first_image_ + slot + 1];
-    Visited blocks[RoIBackwardPlan<T>::kTogether];
-    for (int64_t i = 0; i < count; ++i) {
-      const RoIBlock block = plan_.block(index + i);
-      blocks[i] = {
-          block, index + i, {}, {}, buffers_.thread[thread].gradients + i * plan_.kTileBins * plan_.kBlock};
-      if (plan_.grads_at_positions) blocks[i].x = view(plan_.x, buffers_.x, slot, slice, block);
-      if (plan_.grads_at_x) blocks[i].grad_x = view(plan_.grad_x, buffers_.grad_x, slot, slice, block);
-    }
-    const int64_t class_id = blocks[0].block.class_id;
-    for (int64_t at = begin > first ? begin : first; at < least(end, last); ++at) {
-      Patch<T> patch(plan_, buffers_.thread[thread].patch, plan_.order[at]);
+    const RoIBlock block = plan_.block(index);
+    Visited visited = {block, index, {}, {}};
+    if (plan_.grads_at_positions) visited.x = view(plan_.x, buffers_.x, slot, slice, block);
+    if (plan_.grads_at_x) visited.grad_x = view(plan_.grad_x, buffers_.grad_x, slot, slice, block);
+    T* gradients = buffers_.thread[thread].gradients;
+    for (int64_t at = begin > first ? begin : first; at < least(end, last); ++at)
       for_each_tile(slice, [&](int64_t bin, int64_t bins) {
         if (!team_.keep_going(thread)) return;
-        for (int64_t b = 0; b < count; ++b)
-          copy_gradients(plan_.order[at], bin, bins, blocks[b].block, blocks[b].gradients);
-        for (int64_t i = 0; i < bins; ++i) {
-          if (plan_.grads_at_positions)
-            patch.template locate<true>(bin + i, class_id);
-          else
-            patch.template locate<false>(bin + i, class_id);
-          for (int64_t b = 0; b < count; ++b)
-            visit(patch, blocks[b], blocks[b].gradients + i * blocks[b].block.count,
-                  dots_of(at - first, bin + i, blocks[b].index));
-        }
+        copy_gradients(plan_.order[at], bin, bins, block, gradients);
+        for (int64_t i = 0; i < bins; ++i)
+          visit(located(at - first, bin + i, block.class_id), visited, gradients + i * block.count,
+                dots_of(at - first, bin + i, index));
       });
-    }
   }
 
   // Calls body(first bin, count) for runs of the bins that read a slice.
@@ -231,21 +232,17 @@ class RoIBackwardRun {
     stored.copy_to(count, block.count, {to, block.count, 1});
   }
 
-  void visit(const Patch<T>& patch, const Visited& visited, const T* gradient, T* dots) const {
-    const int64_t channels = visited.block.count;
-    if (!patch.touches) {
-      if (plan_.grads_at_positions) __builtin_memset(dots, 0, kDotsPerBin * sizeof(T));
-      return;
-    }
-    if (plan_.grads_at_positions) {
-      if (patch.plain())
-        dot_patch<T, true>(patch.rows, patch.columns, visited.x, channels, gradient, dots);
-      else
-        dot_patch<T, false>(patch.rows, patch.columns, visited.x, channels, gradient, dots);
-    }
+  void visit(const LocatedBin<T>& bin, const Visited& visited, const T* gradient, T* dots) const {
+    const auto visit = [&](auto function) {
+      function(bin, visited.x, visited.grad_x, visited.block.count, gradient, dots);
+    };
+    if (!plan_.grads_at_positions) return visit(visit_patch<T, true, false>);
     if (plan_.grads_at_x)
-      scatter_patch<T>(patch.rows, patch.columns, visited.grad_x, channels, gradient,
-                       patch.inverse * patch.mask);
+      visit(visit_patch<T, true, true>);
+    else
+      visit(visit_patch<T, false, true>);
+    if (dots[0] != dots[0] || dots[1] != dots[1] || dots[2] != dots[2])
+      dot_patch<T>(bin, visited.x, visited.block.count, gradient, dots);
   }
 
   T* dots_of(int64_t region, int64_t bin, int64_t block) const {
@@ -254,19 +251,16 @@ class RoIBackwardRun {
 
   bool combine(int64_t first, int64_t last) {
     if (!plan_.grads_at_positions) return true;
-    return team_.run(last - first, [&](int64_t item, int thread) {
+    return team_.run(last - first, [&](int64_t item, int) {
       const int64_t roi = plan_.order[first + item];
-      Patch<T> patch(plan_, buffers_.thread[thread].patch, roi);
       if (plan_.grad_mask.data)
-        for (int64_t bin = 0; bin < plan_.bins; ++bin) {
-          patch.template locate<false>(bin, 0);
-          put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, gradients(patch, item, bin, 0).mask);
-        }
-      if (plan_.grad_offset.data) combine_offsets(patch, item, roi);
+        for (int64_t bin = 0; bin < plan_.bins; ++bin)
+          put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, gradients(item, bin, 0).mask);
+      if (plan_.grad_offset.data) combine_offsets(item, roi);
     });
   }
 
-  void combine_offsets(Patch<T>& patch, int64_t item, int64_t roi) {
+  void combine_offsets(int64_t item, int64_t roi) {
     const RoIGeometry& geometry = plan_.geometry;
     for (int64_t class_id = 0; class_id < geometry.classes; ++class_id)
       for (int64_t part = 0; part < geometry.part[0] * geometry.part[1]; ++part) {
@@ -276,8 +270,7 @@ class RoIBackwardRun {
         for (int64_t row = rows.first; row < rows.end; ++row)
           for (int64_t column = columns.first; column < columns.end; ++column) {
             const int64_t bin = row * geometry.output[1] + column;
-            patch.template locate<false>(bin, class_id);
-            const BinGradients grads = gradients(patch, item, bin, class_id);
+            const BinGradients grads = gradients(item, bin, class_id);
             y += grads.y, x += grads.x;
           }
         put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id, part, x);
@@ -288,17 +281,18 @@ class RoIBackwardRun {
   struct BinGradients {
     T mask, y, x;
   };
-  BinGradients gradients(const Patch<T>& patch, int64_t region, int64_t bin, int64_t class_id) const {
+  BinGradients gradients(int64_t region, int64_t bin, int64_t class_id) const {
     const T nan = static_cast<T>(DCN_NAN);
-    if (patch.is_nan) return {nan, nan, nan};
-    if (!patch.touches) return {0, 0, 0};
+    const LocatedBin<T>& at = located(region, bin, class_id);
+    if (at.is_nan) return {nan, nan, nan};
+    if (!at.touches) return {0, 0, 0};
     T totals[3] = {};
     for (int64_t i = 0; i < plan_.class_blocks; ++i) {
       const T* dots = dots_of(region, bin, class_id * plan_.class_blocks + i);
       for (int k = 0; k < 3; ++k) totals[k] += dots[k];
     }
-    return {patch.inverse * totals[0], patch.mask * (patch.slope_scale(0) * totals[1]),
-            patch.mask * (patch.slope_scale(1) * totals[2])};
+    return {at.inverse * totals[0], at.mask * (at.slope_scale[0] * totals[1]),
+            at.mask * (at.slope_scale[1] * totals[2])};
   }
 
   const RoIBackwardPlan<T>& plan_;
