@@ -1,17 +1,22 @@
 // Pooling over regions, backward, without atomics.
 //
-// A block of channels of a slice of an image belongs to one thread at a time, which takes the image's regions
-// in order. Three dots per bin and block are kept for a strip of regions; their sums over blocks, in order,
-// are the gradients of offsets and masks.
+// The bins of a strip of regions are located first. Then a part of the channels of a slice of an image, one block or
+// some, belongs to one thread at a time, which takes the image's regions in order. Three dots per bin and block are
+// kept; their sums over blocks, in order, are the gradients of offsets and masks.
 #pragma once
 
 #include "roi_plan.hpp"
 
 namespace dcn::DCN_ISA {
 
-// Output channels of one class.
-struct RoIBlock {
-  int64_t first, count, class_id;
+// Output channels of one class, which begin with a block.
+struct RoIPart {
+  int64_t first, count, class_id, block;
+};
+
+// Where a bin of the first region of a strip is kept, and how far from there that of the next one.
+struct BinPlace {
+  int64_t first, step;
 };
 
 template <class T>
@@ -21,12 +26,14 @@ struct RoIBackwardPlan : RoIPlan {
   Planes grad_output, grad_offset, grad_mask;
   bool grads_at_x, grads_at_positions;
   int64_t class_blocks, blocks;  // of a slice
+  int64_t together;              // blocks of a part, which a thread takes at a time
+  int64_t class_parts, parts;    // of a slice
   int64_t located_bytes;         // of a bin and its lines
   int64_t strip;                 // regions
   int64_t rounds;                // images at a time
   int threads;
 
-  static constexpr int64_t kBlock = kBlockVectors * kLanes<T>, kTileBins = 64;
+  static constexpr int64_t kTileBins = 64;
   static_assert(kTileBins <= kCopyPixels);
 
   RoIBackwardPlan(const RoIBackwardArguments& arguments, int threads)
@@ -39,9 +46,13 @@ struct RoIBackwardPlan : RoIPlan {
         grad_mask(arguments.grad_mask),
         grads_at_x(arguments.grad_x.data),
         grads_at_positions(arguments.grad_offset.data || arguments.grad_mask.data),
-        class_blocks(ceiling(class_outputs, kBlock)),
+        class_blocks(ceiling(class_outputs, kBlock<T>)),
         blocks(class_blocks * geometry.classes),
         threads(threads) {
+    const bool enough = blocks * x.count * geometry.batch >= kTogether * threads;
+    together = enough ? kTogether : 1;
+    class_parts = ceiling(class_blocks, together);
+    parts = class_parts * geometry.classes;
     const int64_t lines = most_lines(0) + most_lines(1);
     located_bytes = static_cast<int64_t>(sizeof(LocatedBin<T>) + lines * sizeof(Line<T>));
     constexpr int64_t kStripBytes = 12 << 20, kLeast = 16;
@@ -55,9 +66,20 @@ struct RoIBackwardPlan : RoIPlan {
   int64_t strip_bytes() const { return strip * bins * geometry.classes * located_bytes; }
   int64_t dots_elements() const { return grads_at_positions ? strip * bins * blocks * kDotsPerBin : 0; }
 
-  RoIBlock block(int64_t index) const {
-    const int64_t class_id = index / class_blocks, within = index % class_blocks * kBlock;
-    return {class_id * class_outputs + within, least(kBlock, class_outputs - within), class_id};
+  BinPlace place(int64_t bin) const {
+    const int64_t slice = this->slice(bin);
+    const Range rows = bins_of_part(slice / geometry.group, geometry.group, geometry.output[0]);
+    const Range columns = bins_of_part(slice % geometry.group, geometry.group, geometry.output[1]);
+    const int64_t height = rows.end - rows.first, width = columns.end - columns.first;
+    const int64_t before =
+        rows.first * geometry.output[1] + height * columns.first;  // bins of earlier slices
+    const int64_t within = (row(bin) - rows.first) * width + column(bin) - columns.first;
+    return {before * strip + within, height * width};
+  }
+  RoIPart part(int64_t index) const {
+    const int64_t class_id = index / class_parts, block = index % class_parts * together;
+    const int64_t within = block * kBlock<T>, count = least(together * kBlock<T>, class_outputs - within);
+    return {class_id * class_outputs + within, count, class_id, class_id * class_blocks + block};
   }
 };
 
@@ -71,6 +93,7 @@ struct RoIBackwardBuffers {
   T* grad_x;
   T* dots;
   char* located;
+  BinPlace* places;
   PerThread* thread;
 
   RoIBackwardBuffers(const RoIBackwardPlan<T>& plan, Workspace& space) {
@@ -78,10 +101,12 @@ struct RoIBackwardBuffers {
     grad_x = space.take<T>(plan.rounds * plan.grad_x_elements());
     dots = space.take<T>(plan.dots_elements());
     located = space.take<char>(plan.strip_bytes());
+    places = space.take<BinPlace>(plan.bins);
+    for (int64_t bin = 0; places && bin < plan.bins; ++bin) places[bin] = plan.place(bin);
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
       const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
-                              space.take<T>(plan.kTileBins * plan.kBlock)};
+                              space.take<T>(plan.kTileBins * kBlock<T> * plan.together)};
       if (thread) thread[i] = mine;
     }
   }
@@ -112,9 +137,9 @@ class RoIBackwardRun {
     return team_.run(items * images_, [&](int64_t item, int) {
       const int64_t slot = item / items, at = item % items, slice = at % slices();
       if (at < x_items)
-        for_each_block([&](const RoIBlock& block) {
+        for_each_part([&](const RoIPart& part) {
           plan_.x.slice(slice).copy_in(first_image_ + slot, at / slices(),
-                                       plan_.x.buffer(buffers_.x, slot, slice), block.first, block.count);
+                                       plan_.x.buffer(buffers_.x, slot, slice), part.first, part.count);
         });
       else
         clear(slot, (at - x_items) % slices(), (at - x_items) / slices() * kCopyPixels, pixels);
@@ -122,9 +147,9 @@ class RoIBackwardRun {
   }
 
   void clear(int64_t slot, int64_t slice, int64_t first, int64_t pixels) {
-    for_each_block([&](const RoIBlock& block) {
-      clear_pixels<T>(view(plan_.grad_x, buffers_.grad_x, slot, slice, block), plan_.geometry.input, first,
-                      least(first + kCopyPixels, pixels), block.count);
+    for_each_part([&](const RoIPart& part) {
+      clear_pixels<T>(view(plan_.grad_x, buffers_.grad_x, slot, slice, part), plan_.geometry.input, first,
+                      least(first + kCopyPixels, pixels), part.count);
     });
   }
 
@@ -132,32 +157,31 @@ class RoIBackwardRun {
     const int64_t items = plan_.grads_at_x ? plan_.grad_x.copy_items() : 0;
     return team_.run(items * images_, [&](int64_t item, int) {
       const int64_t slot = item / items, slice = item % items % slices();
-      for_each_block([&](const RoIBlock& block) {
+      for_each_part([&](const RoIPart& part) {
         plan_.grad_x.slice(slice).copy_out(first_image_ + slot, item % items / slices(),
-                                           plan_.grad_x.buffer(buffers_.grad_x, slot, slice), block.first,
-                                           block.count);
+                                           plan_.grad_x.buffer(buffers_.grad_x, slot, slice), part.first,
+                                           part.count);
       });
     });
   }
 
   template <class Body>
-  void for_each_block(const Body& body) const {
-    for (int64_t index = 0; index < plan_.blocks; ++index) body(plan_.block(index));
+  void for_each_part(const Body& body) const {
+    for (int64_t index = 0; index < plan_.parts; ++index) body(plan_.part(index));
   }
 
-  Pixels<2> view(const Slices<T>& images, T* buffer, int64_t slot, int64_t slice,
-                 const RoIBlock& block) const {
-    return images.view(first_image_ + slot, buffer, slot, slice, block.first, block.count);
+  Pixels<2> view(const Slices<T>& images, T* buffer, int64_t slot, int64_t slice, const RoIPart& part) const {
+    return images.view(first_image_ + slot, buffer, slot, slice, part.first, part.count);
   }
 
   bool strips() {
     const int64_t begin = plan_.begins[first_image_], end = plan_.begins[first_image_ + images_];
     for (int64_t first = begin; first < end; first += plan_.strip) {
       const int64_t last = least(first + plan_.strip, end);
-      const int64_t items = plan_.blocks * slices() * images_;
+      const int64_t items = plan_.parts * slices() * images_;
       const bool finished = locate(first, last) && team_.run(items, [&](int64_t item, int thread) {
-        const int64_t image_slice = item / plan_.blocks;
-        visit_block(image_slice / slices(), image_slice % slices(), item % plan_.blocks, first, last, thread);
+        const int64_t image_slice = item / plan_.parts;
+        visit_part(image_slice / slices(), image_slice % slices(), item % plan_.parts, first, last, thread);
       });
       if (!finished || !combine(first, last)) return false;
     }
@@ -180,32 +204,31 @@ class RoIBackwardRun {
     });
   }
   LocatedBin<T>& located(int64_t region, int64_t bin, int64_t class_id) const {
-    const int64_t index = (region * plan_.geometry.classes + class_id) * plan_.bins + bin;
+    const int64_t index = place(region, bin) * plan_.geometry.classes + class_id;
     return *reinterpret_cast<LocatedBin<T>*>(buffers_.located + index * plan_.located_bytes);
   }
 
-  // The pixels of a block of channels.
+  // The pixels of a part of the channels.
   struct Visited {
-    RoIBlock block;
-    int64_t index;
+    RoIPart part;
     Pixels<2> x, grad_x;
   };
 
   // The regions first to last, in the order by images, that lie in the image.
-  void visit_block(int64_t slot, int64_t slice, int64_t index, int64_t first, int64_t last, int thread) {
+  void visit_part(int64_t slot, int64_t slice, int64_t index, int64_t first, int64_t last, int thread) {
     const int64_t begin = plan_.begins[first_image_ + slot], end = plan_.begins[first_image_ + slot + 1];
-    const RoIBlock block = plan_.block(index);
-    Visited visited = {block, index, {}, {}};
-    if (plan_.grads_at_positions) visited.x = view(plan_.x, buffers_.x, slot, slice, block);
-    if (plan_.grads_at_x) visited.grad_x = view(plan_.grad_x, buffers_.grad_x, slot, slice, block);
+    const RoIPart part = plan_.part(index);
+    Visited visited = {part, {}, {}};
+    if (plan_.grads_at_positions) visited.x = view(plan_.x, buffers_.x, slot, slice, part);
+    if (plan_.grads_at_x) visited.grad_x = view(plan_.grad_x, buffers_.grad_x, slot, slice, part);
     T* gradients = buffers_.thread[thread].gradients;
     for (int64_t at = begin > first ? begin : first; at < least(end, last); ++at)
       for_each_tile(slice, [&](int64_t bin, int64_t bins) {
         if (!team_.keep_going(thread)) return;
-        copy_gradients(plan_.order[at], bin, bins, block, gradients);
+        copy_gradients(plan_.order[at], bin, bins, part, gradients);
         for (int64_t i = 0; i < bins; ++i)
-          visit(located(at - first, bin + i, block.class_id), visited, gradients + i * block.count,
-                dots_of(at - first, bin + i, index));
+          visit(located(at - first, bin + i, part.class_id), visited, gradients + i * part.count,
+                dots_of(at - first, bin + i, part.block));
       });
   }
 
@@ -225,28 +248,38 @@ class RoIBackwardRun {
         body(row * width + first, least(plan_.kTileBins, columns.end - first));
   }
 
-  void copy_gradients(int64_t roi, int64_t bin, int64_t count, const RoIBlock& block, T* to) const {
+  void copy_gradients(int64_t roi, int64_t bin, int64_t count, const RoIPart& part, T* to) const {
     const Planes& from = plan_.grad_output;
-    char* data = from.data + roi * from.batch + block.first * from.channel + bin * from.position;
+    char* data = from.data + roi * from.batch + part.first * from.channel + bin * from.position;
     const StoredMatrix<T> stored = {data, from.position, from.channel, plan_.images};
-    stored.copy_to(count, block.count, {to, block.count, 1});
+    stored.copy_to(count, part.count, {to, part.count, 1});
   }
 
   void visit(const LocatedBin<T>& bin, const Visited& visited, const T* gradient, T* dots) const {
+    const int64_t channels = visited.part.count;
     const auto visit = [&](auto function) {
-      function(bin, visited.x, visited.grad_x, visited.block.count, gradient, dots);
+      function(bin, visited.x, visited.grad_x, channels, gradient, dots);
     };
     if (!plan_.grads_at_positions) return visit(visit_patch<T, true, false>);
     if (plan_.grads_at_x)
       visit(visit_patch<T, true, true>);
     else
       visit(visit_patch<T, false, true>);
-    if (dots[0] != dots[0] || dots[1] != dots[1] || dots[2] != dots[2])
-      dot_patch<T>(bin, visited.x, visited.block.count, gradient, dots);
+    for (int64_t c = 0; c < channels; c += kBlock<T>, dots += kDotsPerBin) {
+      if (dots[0] == dots[0] && dots[1] == dots[1] && dots[2] == dots[2]) continue;
+      Pixels<2> x = visited.x;
+      x.data += c * static_cast<int64_t>(sizeof(T));
+      dot_patch<T>(bin, x, least(kBlock<T>, channels - c), gradient + c, dots);
+    }
   }
 
   T* dots_of(int64_t region, int64_t bin, int64_t block) const {
-    return buffers_.dots + ((region * plan_.bins + bin) * plan_.blocks + block) * kDotsPerBin;
+    return buffers_.dots + (place(region, bin) * plan_.blocks + block) * kDotsPerBin;
+  }
+
+  // Of a bin of a strip. Those that one thread visits lie together: by slice, then by region.
+  int64_t place(int64_t region, int64_t bin) const {
+    return buffers_.places[bin].first + region * buffers_.places[bin].step;
   }
 
   bool combine(int64_t first, int64_t last) {

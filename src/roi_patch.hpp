@@ -10,8 +10,12 @@
 
 namespace dcn::DCN_ISA {
 
-constexpr int kBlockVectors = 2;  // of channels that the backward takes at a time
-constexpr int kDotsPerBin = 4;    // three are used: a vector of four is what sums() gives
+// A block of channels has dots of its own, so that bits do not depend on how many blocks a thread takes at a time.
+constexpr int kBlockVectors = 2;
+template <class T>
+constexpr int kBlock = kBlockVectors * kLanes<T>;
+constexpr int kTogether = 2;    // blocks
+constexpr int kDotsPerBin = 4;  // three are used: a vector of four is what sums() gives
 
 template <class T>
 struct Line {
@@ -138,25 +142,29 @@ struct LocatedBin {
   const Line<T>* column() const { return row() + rows; }
 };
 
-// dots[0..2] of all channels, where step(lanes, vectors, channel, totals) adds those of blocks of channels to
-// totals[0..2], lane by lane.
+// Dots of each block, where step(lanes, vectors, channel, totals) adds those of totals' blocks to the first three of
+// each, lane by lane.
 template <class T, class Step>
 DCN_INLINE void add_up_dots(int64_t channels, const Step& step, T* dots) {
   constexpr int whole = kLanes<T>;
-  Vec<T, kDotsPerBin> total = {};
   int64_t done = 0;
-  if (channels >= whole) {
-    Vec<T, whole> totals[kDotsPerBin] = {};
-    for (; done + kBlockVectors * whole <= channels; done += kBlockVectors * whole)
+  const auto whole_blocks = [&](auto together) __attribute__((always_inline)) {
+    constexpr int n = decltype(together)::count;
+    for (; done + n * kBlock<T> <= channels; done += n * kBlock<T>) {
+      Vec<T, whole> totals[n][kDotsPerBin] = {};
       step(Lanes<whole>{}, Lanes<kBlockVectors>{}, done, totals);
-    for (; done + whole <= channels; done += whole) step(Lanes<whole>{}, Lanes<1>{}, done, totals);
-    total = sums<T, whole, kDotsPerBin>(totals);
-  }
-  for_each_vector<T, (whole > 1 ? whole / 2 : 1)>(channels - done, [&](auto lanes, int64_t c) {
+      for (int b = 0; b < n; ++b, dots += kDotsPerBin) store(dots, sums<T, whole, kDotsPerBin>(totals[b]));
+    }
+  };
+  whole_blocks(Lanes<kTogether>{});
+  whole_blocks(Lanes<1>{});
+  if (done == channels) return;
+  Vec<T, kDotsPerBin> total = {};
+  for_each_vector<T>(channels - done, [&](auto lanes, int64_t c) {
     constexpr int some = decltype(lanes)::count;
-    Vec<T, some> totals[kDotsPerBin] = {};
+    Vec<T, some> totals[1][kDotsPerBin] = {};
     step(lanes, Lanes<1>{}, done + c, totals);
-    total += sums<T, some, kDotsPerBin>(totals);
+    total += sums<T, some, kDotsPerBin>(totals[0]);
   });
   store(dots, total);
 }
@@ -173,54 +181,62 @@ template <class T, bool kScatter, bool kDots>
 [[gnu::noinline]] void visit_patch(const LocatedBin<T>& bin, const Pixels<2>& x, const Pixels<2>& grad_x,
                                    int64_t channels, const T* gradient, T* dots) {
   const T factor = bin.inverse * bin.mask;
-  const auto step = [&](auto lanes, auto vectors, int64_t c,
-                        auto(&totals)[kDotsPerBin]) __attribute__((always_inline)) {
+  const auto step = [&](auto lanes, auto vectors, int64_t c, auto& totals) __attribute__((always_inline)) {
     constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
+    constexpr int blocks = sizeof(totals) / sizeof(totals[0]);
     using V = Vec<T, width>;
-    V gradients[n];
+    V gradients[blocks * n];
 #pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) gradients[k] = load<V>(gradient + c + k * width);
+    for (int k = 0; k < blocks * n; ++k) gradients[k] = load<V>(gradient + c + k * width);
     for_each_piece(bin.rows, bin.columns, [&](int64_t r, int64_t last_row, int64_t first, int64_t last) {
-      V pieces[3] = {};
+      V pieces[blocks][3] = {};
       for (; r < last_row; ++r) {
         const Line<T>& row = bin.row()[r];
         const int64_t channel = c * static_cast<int64_t>(sizeof(T));
         const char* x_line = x.data + row.index * x.axis[0] + channel;
         char* grad_line = grad_x.data + row.index * grad_x.axis[0] + channel;
         const T row_factor = factor * row.weight;
-        V weighed = {}, moved = {};
+        V weighed[blocks] = {}, moved[blocks] = {};
         for (int64_t i = first; i < last; ++i) {
           const Line<T>& column = bin.column()[i];
           if (kScatter && row.weight != 0 && column.weight != 0) {
             T* pixel = reinterpret_cast<T*>(grad_line + column.index * grad_x.axis[1]);
             const V weight = broadcast<V>(row_factor * column.weight);
 #pragma GCC unroll 8
-            for (int k = 0; k < n; ++k)
+            for (int k = 0; k < blocks * n; ++k)
               store(pixel + k * width, multiply_add(gradients[k], weight, load<V>(pixel + k * width)));
           }
           if constexpr (kDots) {
             const T* pixel = reinterpret_cast<const T*>(x_line + column.index * x.axis[1]);
-            V product = {};
-#pragma GCC unroll 8
-            for (int k = 0; k < n; ++k)
-              product = multiply_add(gradients[k], load<V>(pixel + k * width), product);
-            weighed = multiply_add(product, broadcast<V>(column.weight), weighed);
-            moved = multiply_add(product, broadcast<V>(column.slope), moved);
+#pragma GCC unroll 2
+            for (int b = 0; b < blocks; ++b) {
+              V product = {};
+#pragma GCC unroll 4
+              for (int k = b * n; k < b * n + n; ++k)
+                product = multiply_add(gradients[k], load<V>(pixel + k * width), product);
+              weighed[b] = multiply_add(product, broadcast<V>(column.weight), weighed[b]);
+              moved[b] = multiply_add(product, broadcast<V>(column.slope), moved[b]);
+            }
           }
         }
         if constexpr (kDots) {
-          pieces[0] = multiply_add(weighed, broadcast<V>(row.weight), pieces[0]);
-          pieces[1] = multiply_add(weighed, broadcast<V>(row.slope), pieces[1]);
-          pieces[2] = multiply_add(moved, broadcast<V>(row.weight), pieces[2]);
+#pragma GCC unroll 2
+          for (int b = 0; b < blocks; ++b) {
+            pieces[b][0] = multiply_add(weighed[b], broadcast<V>(row.weight), pieces[b][0]);
+            pieces[b][1] = multiply_add(weighed[b], broadcast<V>(row.slope), pieces[b][1]);
+            pieces[b][2] = multiply_add(moved[b], broadcast<V>(row.weight), pieces[b][2]);
+          }
         }
       }
+#pragma GCC unroll 2
+      for (int b = 0; b < blocks; ++b)
 #pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j) totals[j] += pieces[j];
+        for (int j = 0; j < 3; ++j) totals[b][j] += pieces[b][j];
     });
   };
   if constexpr (kDots) return add_up_dots(channels, step, dots);
-  for_each_block_of_vectors<T, kBlockVectors>(channels, [&](auto lanes, auto vectors, int64_t c) {
-    Vec<T, decltype(lanes)::count> none[kDotsPerBin] = {};
+  for_each_block_of_vectors<T, kBlockVectors * kTogether>(channels, [&](auto lanes, auto vectors, int64_t c) {
+    Vec<T, decltype(lanes)::count> none[1][kDotsPerBin] = {};
     step(lanes, vectors, c, none);
   });
 }
@@ -229,37 +245,33 @@ template <class T, bool kScatter, bool kDots>
 template <class T>
 [[gnu::noinline]] void dot_patch(const LocatedBin<T>& bin, const Pixels<2>& x, int64_t channels,
                                  const T* gradient, T* dots) {
-  const auto step = [&](auto lanes, auto vectors, int64_t c,
-                        auto(&products)[kDotsPerBin]) __attribute__((always_inline)) {
+  const auto step = [&](auto lanes, auto vectors, int64_t c, auto& products) __attribute__((always_inline)) {
     constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
+    constexpr int blocks = sizeof(products) / sizeof(products[0]);
     using V = Vec<T, width>;
-    V totals[3][n] = {};
-    for_each_piece(bin.rows, bin.columns, [&](int64_t r, int64_t last_row, int64_t first, int64_t last) {
-      V pieces[3][n] = {};
-      for (; r < last_row; ++r) {
-        const Line<T>& row = bin.row()[r];
-        const char* line = x.data + row.index * x.axis[0] + c * static_cast<int64_t>(sizeof(T));
-        V weighed[n] = {}, moved[n] = {};
-        for (int64_t i = first; i < last; ++i) {
-          const Line<T>& column = bin.column()[i];
-          const T* pixel = reinterpret_cast<const T*>(line + column.index * x.axis[1]);
-          for (int k = 0; k < n; ++k) {
-            const V value = load<V>(pixel + k * width);
-            if (column.weight != 0) weighed[k] += broadcast<V>(column.weight) * value;
-            if (column.slope != 0) moved[k] += broadcast<V>(column.slope) * value;
+    for (int k = 0; k < blocks * n; ++k) {
+      const int64_t channel = c + k * width;
+      V totals[3] = {};
+      for_each_piece(bin.rows, bin.columns, [&](int64_t r, int64_t last_row, int64_t first, int64_t last) {
+        V pieces[3] = {};
+        for (; r < last_row; ++r) {
+          const Line<T>& row = bin.row()[r];
+          const char* line = x.data + row.index * x.axis[0] + channel * static_cast<int64_t>(sizeof(T));
+          V weighed = {}, moved = {};
+          for (int64_t i = first; i < last; ++i) {
+            const Line<T>& column = bin.column()[i];
+            const V value = load<V>(reinterpret_cast<const T*>(line + column.index * x.axis[1]));
+            if (column.weight != 0) weighed += broadcast<V>(column.weight) * value;
+            if (column.slope != 0) moved += broadcast<V>(column.slope) * value;
           }
+          if (row.weight != 0) pieces[0] += broadcast<V>(row.weight) * weighed;
+          if (row.slope != 0) pieces[1] += broadcast<V>(row.slope) * weighed;
+          if (row.weight != 0) pieces[2] += broadcast<V>(row.weight) * moved;
         }
-        for (int k = 0; k < n; ++k) {
-          if (row.weight != 0) pieces[0][k] += broadcast<V>(row.weight) * weighed[k];
-          if (row.slope != 0) pieces[1][k] += broadcast<V>(row.slope) * weighed[k];
-          if (row.weight != 0) pieces[2][k] += broadcast<V>(row.weight) * moved[k];
-        }
-      }
-      for (int j = 0; j < 3; ++j)
-        for (int k = 0; k < n; ++k) totals[j][k] += pieces[j][k];
-    });
-    for (int j = 0; j < 3; ++j)
-      for (int k = 0; k < n; ++k) products[j] += load<V>(gradient + c + k * width) * totals[j][k];
+        for (int j = 0; j < 3; ++j) totals[j] += pieces[j];
+      });
+      for (int j = 0; j < 3; ++j) products[k / n][j] += load<V>(gradient + channel) * totals[j];
+    }
   };
   add_up_dots(channels, step, dots);
 }
