@@ -55,7 +55,7 @@ struct RoIBackwardPlan : RoIPlan {
     parts = class_parts * geometry.classes;
     const int64_t lines = most_lines(0) + most_lines(1);
     located_bytes = static_cast<int64_t>(sizeof(LocatedBin<T>) + lines * sizeof(Line<T>));
-    constexpr int64_t kStripBytes = 12 << 20, kLeast = 16;
+    constexpr int64_t kStripBytes = 4 << 20, kLeast = 16;
     const int64_t dots_bytes = grads_at_positions ? class_blocks * kDotsPerBin * sizeof(T) : 0;
     const int64_t bytes = bins * geometry.classes * (located_bytes + dots_bytes) + 1;
     strip = clamp(kStripBytes / bytes, least(kLeast, geometry.rois), geometry.rois);
