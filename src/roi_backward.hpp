@@ -1,8 +1,8 @@
 // Pooling over regions, backward, without atomics.
 //
-// The bins of a strip of regions are located first. Then a part of the channels of a slice of an image, one block or
-// some, belongs to one thread at a time, which takes the image's regions in order. Three dots per bin and block are
-// kept; their sums over blocks, in order, are the gradients of offsets and masks.
+// The bins of a strip of regions are located first. Then a part of the channels of a slice of an image, one
+// block or some, belongs to one thread at a time, which takes the image's regions in order. Three dots per
+// bin and block are kept; their sums over blocks, in order, are the gradients of offsets and masks.
 #pragma once
 
 #include "roi_plan.hpp"
@@ -226,9 +226,12 @@ class RoIBackwardRun {
       for_each_tile(slice, [&](int64_t bin, int64_t bins) {
         if (!team_.keep_going(thread)) return;
         copy_gradients(plan_.order[at], bin, bins, part, gradients);
-        for (int64_t i = 0; i < bins; ++i)
+        const int64_t next = at + 1 < least(end, last) ? plan_.order[at + 1] : plan_.order[at];
+        for (int64_t i = 0; i < bins; ++i) {
+          prefetch_gradients(next, bin + i, part);
           visit(located(at - first, bin + i, part.class_id), visited, gradients + i * part.count,
                 dots_of(at - first, bin + i, part.block));
+        }
       });
   }
 
@@ -253,6 +256,14 @@ class RoIBackwardRun {
     char* data = from.data + roi * from.batch + part.first * from.channel + bin * from.position;
     const StoredMatrix<T> stored = {data, from.position, from.channel, plan_.images};
     stored.copy_to(count, part.count, {to, part.count, 1});
+  }
+
+  // A bin's share of what will be copied of the next region, while there is other work.
+  DCN_INLINE void prefetch_gradients(int64_t roi, int64_t bin, const RoIPart& part) const {
+    const Planes& from = plan_.grad_output;
+    const int64_t bytes = part.count * static_cast<int64_t>(sizeof(T));
+    const int64_t step = from.channel < from.position ? from.position : bytes;
+    prefetch_lines<false>(from.data + roi * from.batch + part.first * from.channel + bin * step, bytes);
   }
 
   void visit(const LocatedBin<T>& bin, const Visited& visited, const T* gradient, T* dots) const {

@@ -10,7 +10,7 @@
 
 namespace dcn::DCN_ISA {
 
-// A block of channels has dots of its own, so that bits do not depend on how many blocks a thread takes at a time.
+// A block of channels has dots of its own, so that bits do not depend on how many a thread takes at a time.
 constexpr int kBlockVectors = 2;
 template <class T>
 constexpr int kBlock = kBlockVectors * kLanes<T>;
@@ -142,8 +142,8 @@ struct LocatedBin {
   const Line<T>* column() const { return row() + rows; }
 };
 
-// Dots of each block, where step(lanes, vectors, channel, totals) adds those of totals' blocks to the first three of
-// each, lane by lane.
+// Dots of each block, where step(lanes, vectors, channel, totals) adds those of totals' blocks to the first
+// three of each, lane by lane.
 template <class T, class Step>
 DCN_INLINE void add_up_dots(int64_t channels, const Step& step, T* dots) {
   constexpr int whole = kLanes<T>;
@@ -171,12 +171,11 @@ DCN_INLINE void add_up_dots(int64_t channels, const Step& step, T* dots) {
 
 // grad_x += gradient * factor * weights over the patch, where asked for; a line of weight 0 is left out.
 //
-// dots[0..2] = sum over the patch of w * <gradient, x>, w being the weights, the weights with slopes for rows, and
-// with slopes for columns. No line is left out: 0 * Inf gives NaN, and so does Inf - Inf where the gradient is
-// infinite. Then dot_patch has what is meant.
+// dots[0..2] = sum over the patch of w * <gradient, x>, w being the weights, the weights with slopes for
+// rows, and with slopes for columns. No line is left out: 0 * Inf gives NaN, and so does Inf - Inf where the
+// gradient is infinite. Then dot_patch has what is meant.
 //
-// All three are functions of their own: the compiler fuses products with additions as the code around lets it, and
-// bits must not depend on which gradients are asked for.
+// Bits must not depend on which gradients are asked for: hence multiply_add.
 template <class T, bool kScatter, bool kDots>
 [[gnu::noinline]] void visit_patch(const LocatedBin<T>& bin, const Pixels<2>& x, const Pixels<2>& grad_x,
                                    int64_t channels, const T* gradient, T* dots) {
