@@ -327,9 +327,7 @@ class _Conv(Layer):
 
     def _remembered(self, wanting: str = "backward") -> tuple[Any, ...]:
         if self._prepared is not None:
-            raise RuntimeError(
-                f"the layer is prepared, and remembers nothing for {wanting}; wanted unprepare() and forward(x)"
-            )
+            raise RuntimeError(f"the layer is prepared and keeps nothing for {wanting}; wanted unprepare() first")
         return super()._remembered(wanting)
 
     def _window(self) -> tuple[Any, ...]:

@@ -66,18 +66,14 @@ def test_files_give_the_answers_of_arrays(suffix, tmp_path, network, drawn):
     assert said(network, read) == said(network, drawn)
 
 
-def test_a_prepared_network_gives_the_bits_of_another_until_it_reads_others(network, drawn):
-    state, image = network.state_dict(), run.as_input(frames.on_canvas(drawn[0])[None])
-    other = networks.Network(run.VARIANT)
-    other.load_state_dict(state)
+def test_a_prepared_network_gives_the_bits_of_another(network, drawn):
+    image = run.as_input(frames.on_canvas(drawn[0])[None])
+    other = networks.Network(run.VARIANT, state=network.state_dict())
     other.prepare(image.shape)
     for _ in range(2):
         np.testing.assert_array_equal(other.logits(image), network.logits(image))
     with pytest.raises(ValueError, match="the layer is prepared for"):
         other.logits(image.repeat(2, axis=0))
-    other.load_state_dict({key: -value for key, value in state.items()})
-    assert not np.array_equal(other.logits(image), network.logits(image))
-    assert len(other.logits(image.repeat(2, axis=0))) == 2
 
 
 def test_drawn_digits_are_told(network):
