@@ -13,7 +13,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
 unexport PYTHONPATH PYTHONHOME
 
 .PHONY: demo test test-gpu bench-gpu test-frameworks test-torch test-tensorflow test-paddle
-.PHONY: build lint types bench wheel sdist wheel-aarch64 test-aarch64 sanitize clean
+.PHONY: build docs lint types bench wheel sdist wheel-aarch64 test-aarch64 sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -56,6 +56,10 @@ lint: $(VENV)/ready-dev
 types: $(VENV)/ready-dev
 	$(BIN)/mypy
 
+# The site, into build/docs.
+docs: $(VENV)/ready-docs
+	$(BIN)/python tools/build_docs.py
+
 bench: $(VENV)/ready-bench
 	$(BIN)/python -m dcn_np bench
 
@@ -90,6 +94,7 @@ $(BIN)/python:
 $(VENV)/ready: EXTRAS = demo,test
 $(VENV)/ready-dev: EXTRAS = dev
 $(VENV)/ready-bench: EXTRAS = bench
-$(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-bench: $(SOURCES) | $(BIN)/python
+$(VENV)/ready-docs: EXTRAS = docs
+$(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-bench $(VENV)/ready-docs: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@

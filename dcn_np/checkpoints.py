@@ -17,6 +17,16 @@ from numpy.typing import NDArray
 
 from .messages import count, listed, shown
 
+__all__ = [
+    "DeformConvWeights",
+    "RoIPoolWeights",
+    "layer_from",
+    "layers_from",
+    "mask_channels",
+    "offset_channels",
+    "roi_pool_from",
+]
+
 Array: TypeAlias = NDArray[Any]
 MaskActivation: TypeAlias = Literal["sigmoid", "2*sigmoid"]
 

@@ -1,0 +1,9 @@
+"""
+First result
+============
+
+"""
+
+import dcn_np
+
+print(dcn_np.isa())
