@@ -47,12 +47,14 @@ sphinx_gallery_conf = {
     "examples_dirs": [str(ROOT / "docs" / "gallery")],
     "gallery_dirs": ["gallery"],
     "filename_pattern": r"\.py$",
+    "capture_repr": (),
     "abort_on_example_error": True,
     "download_all_examples": False,
     "show_signature": False,
     "doc_module": ("dcn_np",),
     "backreferences_dir": "backreferences",
     "reference_url": {"dcn_np": None},
+    "image_srcset": ["2x"],
     "min_reported_time": 0,
 }
 
