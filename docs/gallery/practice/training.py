@@ -61,5 +61,6 @@ weights = layer.weight.ravel()
 y, x_ = weights @ points / weights.sum() - node
 _, axes = plt.subplots(figsize=(4.6, 4.6), layout="compressed")
 plot.sampling_points(plot.show_image(axes, x[0]), points, weights / numpy.abs(weights).max())
+axes.set(xlim=(node[1] - 16, node[1] + 16), ylim=(node[0] + 16, node[0] - 16))
 axes.plot(*node[::-1], "x", color="#F0E442", markersize=10, markeredgewidth=3)
 axes.set_title(f"weighted mean: y {y:+.1f}, x {x_:+.1f} px (wanted +5, -4)", fontsize=10)
