@@ -1,6 +1,7 @@
 """How Sphinx builds the site; `tools/build_docs.py` calls it with a source folder of its own."""
 
 import re
+import warnings
 from collections import _tuplegetter  # the fields of named tuples, which autodoc takes for properties
 from pathlib import Path
 
@@ -43,6 +44,7 @@ numpydoc_show_class_members = False  # the template has them
 
 # ---- gallery
 
+warnings.filterwarnings("error", module="__main__")  # what an example does wrong; it is run as __main__
 sphinx_gallery_conf = {
     "examples_dirs": [str(ROOT / "docs" / "gallery")],
     "gallery_dirs": ["gallery"],

@@ -13,21 +13,29 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "dcn_np"
 BUILD = ROOT / "build"
 SOURCE, CACHE, SITE = BUILD / "docs_source", BUILD / "docs_cache", BUILD / "docs"
-FINISHED = CACHE / "finished"
+RESULTS_OF = SOURCE / "inputs"
 
 # Documents link each other by their paths in the repository. In SOURCE they lie alike, so these links hold on
 # the site as they do elsewhere; docs/index.md alone moves, to be the first page.
 DOCUMENTS = "*.md", "LICENSE", "CITATION.cff", "docs/*.md", "docs/*.rst", "examples/*/README.md"
-RUN = "dcn_np/**/*.py", "dcn_np/**/*.so", "examples/**/*.py", "examples/**/*.npz", "docs/**/*.py"
+RUN = "dcn_np/**/*.py", "dcn_np/**/*.so", "examples/**/*.py", "examples/**/*.npz", "docs/*.py"
 FIRST = Path("docs/index.md")
 
 
+def inputs():
+    """Tell what results depend on. Changed examples sphinx-gallery finds by itself, but not removed ones."""
+    changed = [f"{path} {path.stat().st_mtime_ns}" for pattern in RUN for path in ROOT.glob(pattern)]
+    return "\n".join(sorted([*changed, *map(str, ROOT.glob("docs/gallery/*/*"))]))
+
+
 def forget_results():
-    """Let the examples run again, and the reference be made again, if what they show may have changed."""
-    inputs = [path for pattern in RUN for path in ROOT.glob(pattern)]
-    if not FINISHED.exists() or max(path.stat().st_mtime for path in inputs) > FINISHED.stat().st_mtime:
-        shutil.rmtree(SOURCE, ignore_errors=True)
-    FINISHED.unlink(missing_ok=True)
+    """Build all anew, and let all examples run again, if what they show may have changed."""
+    now = inputs()
+    if not RESULTS_OF.exists() or RESULTS_OF.read_text() != now:
+        for folder in (SOURCE, CACHE, SITE):
+            shutil.rmtree(folder, ignore_errors=True)
+        SOURCE.mkdir(parents=True)
+        RESULTS_OF.write_text(now)
 
 
 def stage():
@@ -49,6 +57,7 @@ def build():
     # The examples are small: another thread does not pay.
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"DCN_NP_NUM_THREADS": "1"})
     if done.returncode:
+        shutil.rmtree(CACHE, ignore_errors=True)  # a page that is read again warns again
         sys.exit(done.returncode)
 
 
@@ -75,5 +84,4 @@ if __name__ == "__main__":
     build()
     if missing := undocumented():
         sys.exit(f"docs/api.rst and the pages below it lack {', '.join(missing)}")
-    FINISHED.touch()
     print(SITE / "index.html")
