@@ -31,15 +31,14 @@ figure, axes = plt.subplots(3, 3, figsize=(8, 7.4), layout="compressed", sharex=
 plot.sheet(axes, [view(variant, images[8]) for variant in states], list(states))
 
 # %%
-# One digit is an anecdote. Over the first of each digit, with the spread among them: samples, their distance
-# from the node; field and spread, of the receptive field; and the region within an error of 0.02. Where the
-# samples go far and the field hardly widens, those samples count little: they are the dark ones above.
+# One digit is an anecdote. Over the first of each digit, with the spread among them: samples, their
+# distance from the node; field and spread, of the receptive field; and the region within an error of 0.02.
+# A sample that went far need not count for much, as its colour above tells: that is why the field widens
+# less than the samples.
 
 chosen = numpy.concatenate([numpy.flatnonzero(digits.labels == label)[:1] for label in range(10)])
 print(f"mean ± standard deviation over {len(chosen)} digits")
-print(
-    f"{'network':<8}{'samples from the middle, px':>29}{'field, px':>15}{'spread, px':>14}{'region, %':>15}"
-)
+print(f"{'network':<8}{'samples from the node, px':>27}{'field, px':>15}{'spread, px':>14}{'region, %':>15}")
 for variant in states:
     views = [view(variant, images[index]) for index in chosen]
     numbers = [
@@ -53,5 +52,5 @@ for variant in states:
     ]
     mean, spread = numpy.mean(numbers, axis=0), numpy.std(numbers, axis=0)
     cells = [f"{a:.1f} ± {b:.1f}" for a, b in zip(mean, spread, strict=True)]
-    print(f"{variant:<8}{cells[0]:>29}{cells[1]:>15}{cells[2]:>14}{cells[3]:>15}")
+    print(f"{variant:<8}{cells[0]:>27}{cells[1]:>15}{cells[2]:>14}{cells[3]:>15}")
     assert max(found.region.error for found in views) <= 0.02
