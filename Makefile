@@ -13,7 +13,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
 unexport PYTHONPATH PYTHONHOME
 
 .PHONY: demo test test-gpu bench-gpu test-frameworks test-torch test-tensorflow test-paddle
-.PHONY: build docs lint types bench wheel sdist wheel-aarch64 test-aarch64 sanitize clean
+.PHONY: build lint types bench wheel sdist wheel-aarch64 test-aarch64 sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -56,7 +56,8 @@ lint: $(VENV)/ready-dev
 types: $(VENV)/ready-dev
 	$(BIN)/mypy
 
-# The site, into build/docs.
+# The site, into build/docs. (A folder has the name, too.)
+.PHONY: docs
 docs: $(VENV)/ready-docs
 	$(BIN)/python tools/build_docs.py
 
