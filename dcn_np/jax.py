@@ -25,7 +25,7 @@ __all__ = ["deform_conv", "modulated_deform_conv"]
 
 Array: TypeAlias = jax.Array
 # x, offset, mask, weight, bias and, in the backward, grad_output; None where there is none.
-Arrays: TypeAlias = Sequence["Array | None"]
+Arrays: TypeAlias = Sequence[Array | None]
 Flags: TypeAlias = Sequence[bool | None]
 
 _FORWARD, _BACKWARD = "dcn_np_deform_conv", "dcn_np_deform_conv_backward"

@@ -5,6 +5,7 @@ import warnings
 from collections import _tuplegetter  # the fields of named tuples, which autodoc takes for properties
 from pathlib import Path
 
+from sphinx.ext.autodoc.mock import _MockObject
 from sphinx.util import inspect
 
 import dcn_np
@@ -36,6 +37,9 @@ templates_path = [str(ROOT / "docs" / "templates")]
 default_role = "py:obj"
 # Frameworks need not be there: docstrings and signatures come from the text of the adapters.
 autodoc_mock_imports = ["cupy", "dask", "jax", "onnx", "paddle", "tensorflow", "torch"]
+# What adapters do with parts of a framework while they are imported: `Array | None`, and "name" + schema.
+for operation in ("__or__", "__ror__", "__radd__"):
+    setattr(_MockObject, operation, lambda self, other: self)
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings say types, shapes and dtypes
 autodoc_member_order = "bysource"

@@ -11,16 +11,15 @@ import matplotlib.pyplot as plt
 import numpy
 
 from dcn_np import analysis
-from examples.digits import data, numpy_network, runs
+from dcn_np.commands.demo_digits import TrainedDigits
 
-states, _, originals = runs.read_weights()
-images = data.as_input(data.test_set(originals).images[:200])
+trained = TrainedDigits()
+images = trained.digits.images[:200, None] / numpy.float32(255)
 
 
 def sampled_layers(variant):
     """Run 200 digits through a network, and keep how its deformable layers sample."""
-    network = numpy_network.Network(variant)
-    network.load_state_dict(states[variant])
+    network = trained.network(variant)
     x, scale, found = images, 1, {}
     for name, stage in network.stages().items():
         if hasattr(stage, "branch"):

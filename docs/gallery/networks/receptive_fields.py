@@ -14,16 +14,15 @@ import numpy
 
 from dcn_np import analysis
 from dcn_np.analysis import plot
-from examples.digits import data, numpy_network, runs
+from dcn_np.commands.demo_digits import TrainedDigits
 
-states, _, originals = runs.read_weights()
-images = data.as_input(data.test_set(originals).images[:200])
+trained = TrainedDigits()
+images = trained.digits.images[:200, None] / numpy.float32(255)
 node = analysis.Node("conv4.relu", position=(3, 3))  # of 7 x 7: the feature vector over the middle
 
 fields = {}
-for variant, state in states.items():
-    network = numpy_network.Network(variant)
-    network.load_state_dict(state)
+for variant in trained.states:
+    network = trained.network(variant)
     fields[variant] = analysis.effective_receptive_field(analysis.of_layers(network.stages(), node), images)
 
 figure, axes = plt.subplots(1, 3, figsize=(9, 3.5), layout="compressed", sharey=True)

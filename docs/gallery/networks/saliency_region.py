@@ -12,12 +12,11 @@ import numpy
 
 from dcn_np import analysis
 from dcn_np.analysis import plot
-from examples.digits import data, numpy_network, runs
+from dcn_np.commands.demo_digits import TrainedDigits
 
-states, _, originals = runs.read_weights()
-image = data.as_input(data.test_set(originals).images[8:9])[0]
-network = numpy_network.Network("DCNv2")
-network.load_state_dict(states["DCNv2"])
+trained = TrainedDigits()
+image = trained.digits.images[8][None] / numpy.float32(255)
+network = trained.network("DCNv2")
 of_node = analysis.of_layers(network.stages(), analysis.Node("conv4.relu", position=(3, 3)))
 error_of = of_node.cosine_error(image)
 bounds = 0.1, 0.03, 0.01

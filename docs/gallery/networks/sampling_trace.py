@@ -12,17 +12,16 @@ import numpy
 
 from dcn_np import analysis
 from dcn_np.analysis import plot
-from examples.digits import data, numpy_network, runs
+from dcn_np.commands.demo_digits import TrainedDigits
 
-states, _, originals = runs.read_weights()
-image = data.as_input(data.test_set(originals).images[8:9])[0]  # (1, 28, 28), a digit nobody trained on
+trained = TrainedDigits()
+image = trained.digits.images[8][None] / numpy.float32(255)  # (1, 28, 28), a digit nobody trained on
 position = (3, 3)  # of the 7 x 7 of the last convolution
 
 
 def chain(variant):
     """Return the convolutions of a network from the image up, with what they made of it."""
-    network = numpy_network.Network(variant)
-    network.load_state_dict(states[variant])
+    network = trained.network(variant)
     of_node = analysis.of_layers(network.stages(), analysis.Node("conv4.relu", position=position))
     return list(of_node.sampled_layers(image).values())
 

@@ -12,23 +12,21 @@ import numpy
 
 from dcn_np import analysis
 from dcn_np.analysis import plot
-from examples.digits import data, numpy_network, runs
+from dcn_np.commands.demo_digits import TrainedDigits
 
-states, _, originals = runs.read_weights()
-digits = data.test_set(originals)
-images = data.as_input(digits.images)
+trained = TrainedDigits()
+images = trained.digits.images[:, None] / numpy.float32(255)
 
 
 def view(variant, image):
     """Look at the node over the middle."""
-    network = numpy_network.Network(variant)
-    network.load_state_dict(states[variant])
+    network = trained.network(variant)
     of_node = analysis.of_layers(network.stages(), analysis.Node("conv4.relu", position=(3, 3)))
     return analysis.view_node(of_node, image, epsilon=0.02)
 
 
 figure, axes = plt.subplots(3, 3, figsize=(8, 7.4), layout="compressed", sharex=True, sharey=True)
-plot.sheet(axes, [view(variant, images[8]) for variant in states], list(states))
+plot.sheet(axes, [view(variant, images[8]) for variant in trained.states], list(trained.states))
 
 # %%
 # One digit is an anecdote. Over the first of each digit, with the spread among them: samples, their
@@ -36,10 +34,10 @@ plot.sheet(axes, [view(variant, images[8]) for variant in states], list(states))
 # A sample that went far need not count for much, as its colour above tells: that is why the field widens
 # less than the samples.
 
-chosen = numpy.concatenate([numpy.flatnonzero(digits.labels == label)[:1] for label in range(10)])
+chosen = numpy.concatenate([numpy.flatnonzero(trained.digits.labels == label)[:1] for label in range(10)])
 print(f"mean ± standard deviation over {len(chosen)} digits")
 print(f"{'network':<8}{'samples from the node, px':>27}{'field, px':>15}{'spread, px':>14}{'region, %':>15}")
-for variant in states:
+for variant in trained.states:
     views = [view(variant, images[index]) for index in chosen]
     numbers = [
         (
