@@ -35,11 +35,19 @@ templates_path = [str(ROOT / "docs" / "templates")]
 # ---- reference of the public names
 
 default_role = "py:obj"
-# Frameworks need not be there: docstrings and signatures come from the text of the adapters.
-autodoc_mock_imports = ["cupy", "dask", "jax", "onnx", "paddle", "tensorflow", "torch"]
-# What adapters do with parts of a framework while they are imported: `Array | None`, and "name" + schema.
-for operation in ("__or__", "__ror__", "__radd__"):
-    setattr(_MockObject, operation, lambda self, other: self)
+# Frameworks need not be there: docstrings and signatures come from the text of the adapters. Nor can operators be
+# registered with a torch that is mocked.
+autodoc_mock_imports = [
+    "cupy",
+    "dask",
+    "dcn_np._torch_operators",
+    "jax",
+    "onnx",
+    "paddle",
+    "tensorflow",
+    "torch",
+]
+_MockObject.__or__ = lambda self, other: self  # Array | None, while dcn_np.jax is imported
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings say types, shapes and dtypes
 autodoc_member_order = "bysource"
