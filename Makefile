@@ -13,7 +13,7 @@ PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
 unexport PYTHONPATH PYTHONHOME
 
 .PHONY: demo test test-gpu bench-gpu test-frameworks test-torch test-tensorflow test-paddle
-.PHONY: build lint types bench wheel sdist wheel-aarch64 test-aarch64 sanitize clean
+.PHONY: build lint types bench wheel wheels sdist wheel-aarch64 test-aarch64 sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready
@@ -66,6 +66,10 @@ bench: $(VENV)/ready-bench
 
 wheel: $(VENV)/ready-dev
 	$(BIN)/python tools/check_distribution.py wheel
+
+# All that an x86-64 Debian 12 can build, each tried where there is only Python and NumPy: see tools/wheels.py.
+wheels: $(VENV)/ready-dev
+	$(BIN)/python tools/wheels.py
 
 sdist: $(VENV)/ready-dev
 	$(BIN)/python tools/check_distribution.py sdist

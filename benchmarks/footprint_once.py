@@ -41,8 +41,7 @@ def run_numpy(folder: Path, x: Any, threads: int) -> Any:
 
 def run_dcn_np(folder: Path, x: Any, threads: int) -> Any:
     """Run the layers of dcn_np."""
-    network = example("numpy_network").Network(VARIANT)
-    network.load_state_dict(state())
+    network = example("numpy_network").Network(VARIANT, state=state())
     with importlib.import_module("dcn_np").num_threads(threads):
         return network.logits(x)
 

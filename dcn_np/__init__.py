@@ -8,6 +8,7 @@ Each module imports only what stands to its right or below. ARCHITECTURE.md says
 question.
 """
 
+from . import _requirements as _requirements  # first: the others want what it checks
 from .backends import Gradients, RoIGradients
 from .cpu import available_isas, isa, use_isa
 from .deform_conv import (

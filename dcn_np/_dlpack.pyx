@@ -64,6 +64,8 @@ cdef struct Exchange:
     void* previous
     void* allocate
     int (*from_array)(PyObject* array, Versioned** to) except -1
+    int (*to_array)(Versioned* tensor, PyObject** to) except -1  # the tensor is the library's then
+    int (*lend)(PyObject* array, Tensor* to) except -1  # what the array keeps; may be NULL
 
 
 cdef enum:
@@ -230,6 +232,20 @@ def is_exchange(capsule):
     return (<Exchange*> PyCapsule_GetPointer(capsule, "dlpack_exchange_api")).major == 1
 
 
+def device_by(exchange, array):
+    """Return what the array's `__dlpack_device__` does, sooner; None where there is no C function for that.
+
+    Arguments are those of `memory_by`.
+    """
+    cdef Tensor tensor
+    tensor.device.device_type = tensor.device.device_id = 0
+    table = <Exchange*> PyCapsule_GetPointer(exchange, "dlpack_exchange_api")
+    if table.lend == NULL:
+        return None
+    table.lend(<PyObject*> array, &tensor)
+    return tensor.device.device_type, tensor.device.device_id
+
+
 def memory_by(exchange, array):
     """Take over the tensor that a library's C function makes of an array: what `__dlpack__` gives, sooner.
 
@@ -322,6 +338,14 @@ cdef class Exported:
             raise BufferError("the array lies in the memory of the CPU")
         if copy:
             raise BufferError("no copy is made here")
+        cdef bint versioned = max_version is not None and max_version[0] >= 1
+        cdef Owned* owned = self.own(versioned)
+        if versioned:
+            return PyCapsule_New(&owned.versioned, "dltensor_versioned", drop_capsule)
+        return PyCapsule_New(&owned.managed, "dltensor", drop_capsule)
+
+    cdef Owned* own(self, bint versioned) except NULL:
+        # The tensor in it belongs to who calls its deleter.
         cdef Owned* owned = <Owned*> malloc(sizeof(Owned))
         if owned == NULL:
             raise MemoryError
@@ -332,7 +356,6 @@ cdef class Exported:
             raise
         Py_INCREF(self.array)
         owned.array = <PyObject*> self.array
-        cdef bint versioned = max_version is not None and max_version[0] >= 1
         cdef Tensor* tensor = &owned.versioned.tensor if versioned else &owned.managed.tensor
         tensor.data = owned.view.buf
         tensor.device.device_type, tensor.device.device_id = CPU, 0
@@ -348,7 +371,37 @@ cdef class Exported:
             owned.versioned.major, owned.versioned.minor, owned.versioned.flags = 1, 0, 0
             owned.versioned.context = owned
             owned.versioned.deleter = delete_versioned
-            return PyCapsule_New(&owned.versioned, "dltensor_versioned", drop_capsule)
-        owned.managed.context = owned
-        owned.managed.deleter = delete_managed
-        return PyCapsule_New(&owned.managed, "dltensor", drop_capsule)
+        else:
+            owned.managed.context = owned
+            owned.managed.deleter = delete_managed
+        return owned
+
+
+def array_by(exchange, Exported exported):
+    """Return an array of another library over the memory of ours: what its `from_dlpack` gives, sooner.
+
+    Parameters
+    ----------
+    exchange : PyCapsule
+        One that `is_exchange`, of the type of arrays wanted.
+    exported : Exported
+        Ours.
+
+    Returns
+    -------
+    object
+        The array.
+
+    Raises
+    ------
+    BufferError
+        The library's C function made nothing; what else it raises is passed on.
+    """
+    cdef PyObject* made = NULL
+    table = <Exchange*> PyCapsule_GetPointer(exchange, "dlpack_exchange_api")
+    table.to_array(&exported.own(True).versioned, &made)
+    if made == NULL:
+        raise BufferError("its C function made nothing")
+    array = <object> made
+    Py_DECREF(array)
+    return array

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import operator
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy
 
@@ -14,9 +14,11 @@ from .backends import backend_of
 from .messages import dtype_wanted, listed, shown
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from numpy.typing import DTypeLike
 
-Seed = numpy.random.Generator | int | None
+    Seed: TypeAlias = "numpy.random.Generator | Zeros | int | None"
 
 
 class Layer:
@@ -27,8 +29,42 @@ class Layer:
 
     dtype: numpy.dtype[Any]
     gradients: dict[str, Array]
-    # What the last `forward` left for `backward`.
+    # What the last `forward` left for `backward`: its input, offsets and masks, and what else it wants.
     _kept: tuple[Any, ...] | None
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Array], *sizes: Any, **options: Any) -> Self:
+        """Build a layer with the parameters of a state dict; nothing is drawn.
+
+        Then `numpy.random`, 6 MB of memory, is not imported either.
+
+        Parameters
+        ----------
+        state : mapping of str to array
+            The parameters, as `load_state_dict` takes them.
+        *sizes, **options
+            The arguments of the class, without `rng`.
+
+        Returns
+        -------
+        layer
+            One of this class.
+
+        Raises
+        ------
+        TypeError
+            An argument of the wrong kind, or a value that is no array of floating-point numbers.
+        ValueError
+            Numbers that do not fit, or parameters that do not fit them.
+
+        See Also
+        --------
+        load_state_dict : For a layer that is there.
+        """
+        make: Any = cls  # the classes differ in their arguments
+        layer: Self = make(*sizes, rng=Zeros(), **options)
+        layer.load_state_dict(state)
+        return layer
 
     def parameters(self) -> dict[str, Array]:
         """Return the parameters by name.
@@ -97,10 +133,47 @@ class Layer:
             setattr(self, name, arrays[self._keys[name]].astype(self.dtype, order="C"))
         self.gradients, self._kept = {}, None
 
-    def _remembered(self) -> tuple[Any, ...]:
+    def last_branch(self) -> tuple[Array | None, Array | None]:
+        """Return what the last `forward` sampled by.
+
+        Returns
+        -------
+        tuple of two arrays or None
+            Its offsets and masks, not copies; None where the layer has none.
+
+        Raises
+        ------
+        RuntimeError
+            There was no `forward`.
+
+        See Also
+        --------
+        forward : Makes them.
+        """
+        _, offset, mask, *_ = self._remembered("last_branch")
+        return offset, mask
+
+    def _remembered(self, wanting: str = "backward") -> tuple[Any, ...]:
         if self._kept is None:
-            raise RuntimeError("backward without a forward before it; wanted forward(x) first")
+            raise RuntimeError(f"{wanting} without a forward before it; wanted forward(x) first")
         return self._kept
+
+
+# ---- first parameters
+
+
+class Zeros:
+    """Stands in for a generator where parameters are loaded, so that none need be imported."""
+
+    def uniform(self, low: float, high: float, size: int | tuple[int, ...]) -> Array:
+        return numpy.zeros(size)
+
+    normal = uniform
+
+
+def generator_of(rng: Seed) -> numpy.random.Generator | Zeros:
+    """Return what draws; numpy.random, which takes memory, is imported here and not before."""
+    return rng if isinstance(rng, Zeros) else numpy.random.default_rng(rng)
 
 
 # ---- numbers and arrays

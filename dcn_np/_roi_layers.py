@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
-from ._layer import Layer, Seed, checked_dtype, logistic, namespace, positive
+from ._layer import Layer, Zeros, checked_dtype, generator_of, logistic, namespace, positive
 from .arrays import Array, kind_of
 from .backends import RoIGradients
 from .checkpoints import MASK_FACTORS, checked_activation
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
+    from ._layer import Seed
     from .checkpoints import RoIPoolWeights
 
 
@@ -86,7 +87,7 @@ class _DeformRoIPool(Layer):
             other = f"{'' if cls.modulated else 'Modulated'}DeformRoIPool"
             raise ValueError(f"weights.modulated is {weights.modulated}; wanted {cls.modulated}, or {other}")
         options: dict[str, Any] = {"hidden_channels": weights.hidden_channels}
-        options |= {"position_sensitive": weights.position_sensitive, "rng": 0}
+        options |= {"position_sensitive": weights.position_sensitive, "rng": Zeros()}
         if cls.modulated:
             options |= {"shared_branch": weights.shared_branch, "mask_activation": weights.mask_activation}
         options["dtype"] = next(iter(weights.arrays.values())).dtype
@@ -126,7 +127,7 @@ class _DeformRoIPool(Layer):
 
     def _draw(self, branches: Mapping[str, Sequence[int]], rng: Seed) -> None:
         """Draw the branches, each given the outputs of its layers; the last one begins at zero."""
-        generator = numpy.random.default_rng(rng)
+        generator = generator_of(rng)
         keys: dict[str, str] = {}
         self._branches = {branch: [] for branch in branches}
         for branch, outputs in branches.items():
@@ -181,7 +182,7 @@ class _DeformRoIPool(Layer):
             logits = made[:, 2 * self._bins :].reshape(-1, 1, *self.output_size)
             mask = MASK_FACTORS[self.mask_activation] * logistic(logits)
         y = self._pool(x, rois, offset, mask)
-        self._kept = x, rois, offset, mask, passed
+        self._kept = x, offset, mask, rois, passed
         return y
 
     def backward(self, grad_output: Array) -> Array:
@@ -212,7 +213,7 @@ class _DeformRoIPool(Layer):
         --------
         forward : The output.
         """
-        x, rois, offset, mask, passed = self._remembered()
+        x, offset, mask, rois, passed = self._remembered()
         found = self._pool_backward(grad_output, x, rois, offset, mask)
         grad_made = found.offset.reshape(len(rois), 2 * self._bins)
         if self.mask_activation is not None:

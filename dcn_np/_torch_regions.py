@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,10 @@ from ._torch_operators import (
     cast,
     detached,
     empty_gradients,
+    folded,
     memory_format,
+    one_by_one,
+    operator,
     per_axis,
     register_autograd,
 )
@@ -23,7 +27,7 @@ from ._torch_operators import (
 # ---- operators; `needs` and what a backward returns have an entry for `rois` and `weights` too, never filled
 
 
-@torch.library.custom_op("dcn_np::modulated_deform_roi_pool", mutates_args=())
+@operator("modulated_deform_roi_pool")
 def _pool(
     x: Tensor,
     rois: Tensor,
@@ -47,12 +51,12 @@ def _pool(
     return y.contiguous(memory_format=memory_format(x))
 
 
-@_pool.register_fake
+@torch.library.register_fake(_pool)
 def _(x, rois, offset, mask, output_size, spatial_scale, sampling_ratio, gamma):  # type: ignore[no-untyped-def]
     return _empty(x, rois, x.shape[1], output_size)
 
 
-@torch.library.custom_op("dcn_np::modulated_deform_roi_pool_backward", mutates_args=())
+@operator("modulated_deform_roi_pool_backward")
 def _pool_backward(
     grad_output: Tensor,
     x: Tensor,
@@ -80,7 +84,7 @@ def _pool_backward(
     return as_tensors((gradients.x, None, gradients.offset, gradients.mask), x)
 
 
-@_pool_backward.register_fake
+@torch.library.register_fake(_pool_backward)
 def _(grad_output, x, rois, offset, mask, *parameters):  # type: ignore[no-untyped-def]
     return empty_gradients((x, None, offset, mask), parameters[-1], x)
 
@@ -88,7 +92,7 @@ def _(grad_output, x, rois, offset, mask, *parameters):  # type: ignore[no-untyp
 register_autograd(_pool, _pool_backward, tensors=4, saved=4, constant=(1,))
 
 
-@torch.library.custom_op("dcn_np::deform_psroi_pool", mutates_args=())
+@operator("deform_psroi_pool")
 def _pool_by_position(
     x: Tensor,
     rois: Tensor,
@@ -116,12 +120,12 @@ def _pool_by_position(
     return y.contiguous(memory_format=memory_format(x))
 
 
-@_pool_by_position.register_fake
+@torch.library.register_fake(_pool_by_position)
 def _(x, rois, offset, output_dim, group_size, output_size, *parameters):  # type: ignore[no-untyped-def]
     return _empty(x, rois, output_dim, output_size)
 
 
-@torch.library.custom_op("dcn_np::deform_psroi_pool_backward", mutates_args=())
+@operator("deform_psroi_pool_backward")
 def _pool_by_position_backward(
     grad_output: Tensor,
     x: Tensor,
@@ -153,7 +157,7 @@ def _pool_by_position_backward(
     return as_tensors((gradients.x, None, gradients.offset), x)
 
 
-@_pool_by_position_backward.register_fake
+@torch.library.register_fake(_pool_by_position_backward)
 def _(grad_output, x, rois, offset, *parameters):  # type: ignore[no-untyped-def]
     return empty_gradients((x, None, offset), parameters[-1], x)
 
@@ -161,18 +165,18 @@ def _(grad_output, x, rois, offset, *parameters):  # type: ignore[no-untyped-def
 register_autograd(_pool_by_position, _pool_by_position_backward, tensors=3, saved=3, constant=(1,))
 
 
-@torch.library.custom_op("dcn_np::feature_mimic_loss", mutates_args=())
+@operator("feature_mimic_loss")
 def _mimic(rcnn_features: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
     loss = dcn_np.feature_mimic_loss(*map(detached, (rcnn_features, features, weights)))
     return torch.tensor(loss, dtype=_loss_dtype(features), device=features.device)
 
 
-@_mimic.register_fake
+@torch.library.register_fake(_mimic)
 def _(rcnn_features, features, weights):  # type: ignore[no-untyped-def]
     return features.new_empty((), dtype=_loss_dtype(features))
 
 
-@torch.library.custom_op("dcn_np::feature_mimic_loss_backward", mutates_args=())
+@operator("feature_mimic_loss_backward")
 def _mimic_backward(
     grad_output: Tensor,
     rcnn_features: Tensor,
@@ -186,12 +190,67 @@ def _mimic_backward(
     return as_tensors((*found, None), features)
 
 
-@_mimic_backward.register_fake
+@torch.library.register_fake(_mimic_backward)
 def _(grad_output, rcnn_features, features, weights, needs):  # type: ignore[no-untyped-def]
     return as_tensors([features.new_empty(features.shape) if needed else None for needed in needs], features)
 
 
 register_autograd(_mimic, _mimic_backward, tensors=3, saved=3, constant=(2,))
+
+
+# ---- vmap: one call, whose images and regions are those of all entries
+
+
+def _register_vmap(forward: Any, backward: Any, arrays: int) -> None:
+    """Give two operators their rules; `arrays` of their arguments are `x`, `rois` and others by region."""
+
+    def forward_rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[Tensor, int]:
+        count = info.batch_size
+        together = _together(arguments[:arrays], in_dims[:arrays], count)
+        if together is None:
+            return one_by_one(forward)(info, in_dims, *arguments)
+        return forward(*together, *arguments[arrays:]).unflatten(0, (count, -1)), 0
+
+    def backward_rule(info: Any, in_dims: Any, *arguments: Any) -> tuple[list[Tensor], list[int]]:
+        count = info.batch_size
+        (grad_output, x, *others), dims = arguments[: 1 + arrays], list(in_dims[1 : 1 + arrays])
+        if dims[0] is None:  # each entry has a gradient of its own
+            x, dims[0] = x.expand(count, *x.shape), 0
+        together = _together((x, *others), dims, count)
+        if together is None:
+            return one_by_one(backward)(info, in_dims, *arguments)
+        found = backward(folded(grad_output, in_dims[0], count), *together, *arguments[1 + arrays :])
+        apart = [a.unflatten(0, (count, a.shape[0] // count)) for a in found]
+        return apart, [0] * len(apart)
+
+    torch.library.register_vmap(forward, forward_rule)
+    torch.library.register_vmap(backward, backward_rule)
+
+
+def _together(arrays: Sequence[Any], dims: Sequence[int | None], count: int) -> list[Any] | None:
+    """Return `x`, `rois` and others of all entries in one, where regions name the images of their entry.
+
+    None where numbers of their dtype are too coarse to name so many images.
+    """
+    rois: Any
+    rois, *others = [folded(array, dim, count) for array, dim in zip(arrays[1:], dims[1:], strict=True)]
+    if dims[0] is None:
+        return [arrays[0], rois, *others]
+    x: Any = folded(arrays[0], dims[0], count)
+    if x.shape[0] > 2 / torch.finfo(rois.dtype).eps:
+        return None
+    batch, image = x.shape[0] // count, rois[:, 0]
+    first = torch.arange(0, x.shape[0], batch, dtype=rois.dtype, device=rois.device)
+    # What names no image of its entry must name none of another's.
+    valid = (image >= 0) & (image < batch) & (image == image.floor())
+    image = torch.where(valid, image + first.repeat_interleave(rois.shape[0] // count), -1)
+    return [x, torch.cat([image[:, None], rois[:, 1:]], 1), *others]
+
+
+_register_vmap(_pool, _pool_backward, 4)
+_register_vmap(_pool_by_position, _pool_by_position_backward, 3)
+for _operator in (_mimic, _mimic_backward):
+    torch.library.register_vmap(_operator, one_by_one(_operator))
 
 
 def _empty(x: Tensor, rois: Tensor, channels: int, output_size: Sequence[int]) -> Tensor:

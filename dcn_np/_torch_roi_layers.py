@@ -40,7 +40,7 @@ class _DeformRoIPool(nn.Module):
             f"position_sensitive={self.position_sensitive}"
         )
 
-    def _branch(self, hidden: Sequence[int], channels: int, made: dict[str, Any]) -> nn.Sequential:
+    def _new_branch(self, hidden: Sequence[int], channels: int, made: dict[str, Any]) -> nn.Sequential:
         """Return fully connected layers with ReLU between; the last one makes zeros at first."""
         layers: list[nn.Module] = []
         for taken, given in pairwise((self.in_channels * self.bins, *hidden, channels)):
@@ -59,9 +59,19 @@ class _DeformRoIPool(nn.Module):
             )
         return self._pool(x, rois, None, None).flatten(1)
 
-    def _deformed(self, x: Tensor, rois: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+    def _made(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the rows of offsets, and of masks or None, that the branches make of the regular pooling."""
+        raise NotImplementedError
+
+    def branch(self, x: Tensor, rois: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the offsets and masks that the module pools regions by; masks if modulated."""
+        offset, mask = self._made(self._features(x, rois))
         mask = None if mask is None else mask.unflatten(1, (1, *self.output_size))
-        return self._pool(x, rois, offset.unflatten(1, (2, *self.output_size)), mask)
+        return offset.unflatten(1, (2, *self.output_size)), mask
+
+    def forward(self, x: Tensor, rois: Tensor) -> Tensor:
+        """Pool `rois`, shape (R, 5), of `x` into (R, in_channels, P_h, P_w), as `dcn_np.layers` does."""
+        return self._pool(x, rois, *self.branch(x, rois))
 
     def _pool(self, x: Tensor, rois: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
         sizes = self.output_size, self.spatial_scale
@@ -100,11 +110,10 @@ class DeformRoIPool(_DeformRoIPool):
     ) -> None:
         super().__init__(in_channels, output_size, spatial_scale, sampling_ratio, gamma, position_sensitive)
         made = {"device": device, "dtype": dtype}
-        self.offset_fc = self._branch((hidden_channels, hidden_channels), 2 * self.bins, made)
+        self.offset_fc = self._new_branch((hidden_channels, hidden_channels), 2 * self.bins, made)
 
-    def forward(self, x: Tensor, rois: Tensor) -> Tensor:
-        """Pool `rois`, shape (R, 5), of `x` into (R, in_channels, P_h, P_w), as `dcn_np.deform_roi_pool`."""
-        return self._deformed(x, rois, self.offset_fc(self._features(x, rois)), None)
+    def _made(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.offset_fc(features), None
 
 
 class ModulatedDeformRoIPool(_DeformRoIPool):
@@ -141,14 +150,12 @@ class ModulatedDeformRoIPool(_DeformRoIPool):
         made = {"device": device, "dtype": dtype}
         hidden = hidden_channels, hidden_channels
         if shared_branch:
-            self.offset_mask_fc = self._branch(hidden, 3 * self.bins, made)
+            self.offset_mask_fc = self._new_branch(hidden, 3 * self.bins, made)
         else:
-            self.offset_fc = self._branch(hidden, 2 * self.bins, made)
-            self.mask_fc = self._branch(hidden[:1], self.bins, made)
+            self.offset_fc = self._new_branch(hidden, 2 * self.bins, made)
+            self.mask_fc = self._new_branch(hidden[:1], self.bins, made)
 
-    def forward(self, x: Tensor, rois: Tensor) -> Tensor:
-        """Pool `rois`, shape (R, 5), of `x` into (R, in_channels, P_h, P_w) bins, each times its mask."""
-        features = self._features(x, rois)
+    def _made(self, features: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.shared_branch:
             offset, logits = self.offset_mask_fc(features).split([2 * self.bins, self.bins], dim=1)
         else:
@@ -156,4 +163,4 @@ class ModulatedDeformRoIPool(_DeformRoIPool):
         mask = torch.sigmoid(logits)
         if self.mask_activation != "sigmoid":
             mask = mask * MASK_FACTORS[self.mask_activation]
-        return self._deformed(x, rois, offset, mask)
+        return offset, mask

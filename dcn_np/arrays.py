@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy
@@ -156,6 +156,10 @@ def _kind_of_any(arrays: dict[str, Any]) -> Kind:
             f"{first_name} is {shown(first)} on a device of DLPack's type {device_type}; wanted an array on "
             "the CPU or a CUDA device"
         )
+    kind: Any = type(first)
+    exchange = _exchange_of(kind) if device_type in _HOST else None
+    if exchange is not None:
+        return Kind(library, device_type, partial(_dlpack.array_by, exchange))
     return Kind(library, device_type, _importer(library, first))
 
 
@@ -218,7 +222,7 @@ def _library_of(value: Any) -> str:
 def _device_of(value: Any) -> tuple[int, int]:
     """Return type and number of the device that an array says it is on; (0, 0) where that fails."""
     try:
-        device_type, number = value.__dlpack_device__()
+        device_type, number = _by_c(_dlpack.device_by, value) or value.__dlpack_device__()
         return int(device_type), int(number or 0)  # paddle's CPU has None for a number
     except Exception:  # whatever another library raises: taking the array says what is wrong
         return 0, 0
@@ -259,8 +263,7 @@ def _asked(name: str, value: Any, take: Any) -> Array:
 
 
 def _on_cpu(value: Any) -> numpy.ndarray[Any, Any]:
-    kind: Any = type(value)
-    memory = _memory_by(_exchange_of(kind), value)
+    memory = _by_c(_dlpack.memory_by, value)
     if memory is None:
         try:
             capsule = value.__dlpack__(max_version=(1, 0))
@@ -281,12 +284,14 @@ def _exchange_of(kind: Any) -> Any:
     return capsule if _dlpack.is_exchange(capsule) else None
 
 
-def _memory_by(exchange: Any, value: Any) -> _dlpack.Memory | None:
-    """Return what the C functions of the array's type make of it; None where `__dlpack__` says why not."""
+def _by_c(ask: Callable[[Any, Any], Any], value: Any) -> Any:
+    """Return what the C functions of the array's type say; None where the array's methods say why not."""
+    kind: Any = type(value)
+    exchange = _exchange_of(kind)
     if exchange is None:
         return None
     try:
-        return _dlpack.memory_by(exchange, value)
+        return ask(exchange, value)
     except (BufferError, RuntimeError, TypeError):
         return None
 

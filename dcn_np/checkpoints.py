@@ -10,12 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy
-from numpy.typing import NDArray
 
 from .messages import count, listed, shown
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array: TypeAlias = NDArray[Any]
 
 __all__ = [
     "DeformConvWeights",
@@ -27,7 +31,6 @@ __all__ = [
     "roi_pool_from",
 ]
 
-Array: TypeAlias = NDArray[Any]
 MaskActivation: TypeAlias = Literal["sigmoid", "2*sigmoid"]
 
 # What makes masks of a branch's output is this times the logistic function.

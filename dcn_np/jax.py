@@ -16,6 +16,8 @@ import jax
 import numpy
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from .cpu import dtypes, xla_handlers
 from .geometry import Geometry, checked_float32_matmul
@@ -125,8 +127,10 @@ def modulated_deform_conv(
     ------
     TypeError, ValueError
         As there, when the function is called or traced.
+    NotImplementedError
+        When it is lowered for a device other than a CPU.
     jax.errors.JaxRuntimeError
-        No memory for the working space; or, when it is compiled, a device other than a CPU.
+        No memory for the working space.
 
     See Also
     --------
@@ -139,7 +143,8 @@ def modulated_deform_conv(
     over weights, or of their gradients, makes one call after another; else its axis joins the batch. Over
     several devices use `jax.shard_map`: under `jax.jit` alone XLA would gather the whole batch on each.
     Dtypes follow JAX: without ``jax_enable_x64`` there is no float64. Ctrl-C waits for a call to end.
-    GPUs are not supported yet.
+    GPUs are not supported yet: there `dcn_np.modulated_deform_conv` takes arrays of JAX, outside of jit and
+    grad.
 
     Examples
     --------
@@ -306,14 +311,32 @@ def _call(target: str, geometry: Geometry, arrays: Arrays, like: Sequence[Any]) 
     """Return the results that `like` describes, in one order with `arrays`: x to bias, and the output."""
     given = [array for array in arrays if array is not None]
     results = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in like if each is not None]
+    first, *others = given
     computed = jax.ffi.ffi_call(target, results)(
-        *given,
+        _on_cpu.bind(first),
+        *others,
         geometry=numpy.frombuffer(geometry.struct, numpy.int64),
         given=_bits(arrays),
         needs=_bits(like),
     )
     axes = _varying(given)
     return [_vary(result, axes) for result in computed]
+
+
+def _lower_elsewhere(context: Any, array: Any) -> Any:
+    platforms = ", ".join(context.module_context.platforms)
+    raise NotImplementedError(
+        f"dcn_np.jax computes on a CPU, but is lowered for {platforms}: jax.device_put the arrays on "
+        "jax.devices('cpu')[0]. On a CUDA device the functions of dcn_np take them, outside of jit and grad"
+    )
+
+
+# Nothing but that error, which XLA would word by the name of the call.
+_on_cpu = Primitive("dcn_np_on_cpu")
+_on_cpu.def_abstract_eval(lambda array: array)
+_on_cpu.def_impl(lambda array: array)
+mlir.register_lowering(_on_cpu, _lower_elsewhere)
+mlir.register_lowering(_on_cpu, lambda context, array: [array], platform="cpu")
 
 
 def _bits(arrays: Sequence[Any]) -> numpy.int64:

@@ -19,8 +19,9 @@ import numpy
 
 from ._layer import (
     Layer,
-    Seed,
+    Zeros,
     checked_dtype,
+    generator_of,
     logistic,
     namespace,
     positive,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
+    from ._layer import Seed
     from .checkpoints import DeformConvWeights
 
 Path = str | os.PathLike[str]
@@ -126,7 +128,7 @@ class _Conv(Layer):
 
     def _draw(self, bias: bool, rng: Seed) -> None:
         """Draw filters and bias as torch does: uniformly, within one over the root of the inputs of a sum."""
-        generator = numpy.random.default_rng(rng)
+        generator = generator_of(rng)
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         bound = 1 / math.sqrt(math.prod(shape[1:]))
         self.weight = generator.uniform(-bound, bound, shape).astype(self.dtype)
@@ -167,7 +169,7 @@ class _Conv(Layer):
         """
         self._check_x(x)
         y = deform_conv(x, None, self.weight, self.bias, *self._window())
-        self._kept = (x,)
+        self._kept = x, None, None
         return y
 
     def backward(self, grad_output: Array) -> Array:
@@ -198,7 +200,7 @@ class _Conv(Layer):
         --------
         forward : The output.
         """
-        (x,) = self._remembered()
+        x, *_ = self._remembered()
         needs = self._needs("x", "weight")
         found = deform_conv_backward(grad_output, x, None, self.weight, *self._window(), needs=needs)
         self.gradients = present(weight=found.weight, bias=found.bias)
@@ -346,7 +348,7 @@ class _Deformable(_Conv):
             offset_groups=1 if weights.offset_groups is None else weights.offset_groups,
             bias=weights.bias is not None,
             mask_activation=weights.mask_activation,
-            rng=0,
+            rng=Zeros(),
             dtype=filters.dtype,
         )
         if weights.offset_dilated is False and set(layer.dilation) != {1}:

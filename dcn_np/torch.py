@@ -10,7 +10,7 @@ branches that make offsets and masks the learning rate of their own that the pap
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,10 @@ from ._torch_operators import (
     cast,
     detached,
     empty_gradients,
+    folded,
     memory_format,
+    one_by_one,
+    operator,
     per_axis,
     register_autograd,
 )
@@ -71,7 +74,7 @@ _INPUTS = dcn_np.Gradients._fields
 # ---- operators; `padding` is begin and end of each axis after the other, others have one entry per axis
 
 
-@torch.library.custom_op("dcn_np::modulated_deform_conv", mutates_args=())
+@operator("modulated_deform_conv")
 def _convolve(
     x: Tensor,
     offset: Tensor | None,
@@ -101,7 +104,7 @@ def _convolve(
     return y.contiguous(memory_format=memory_format(x))
 
 
-@_convolve.register_fake
+@torch.library.register_fake(_convolve)
 def _(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups, float32_matmul):  # type: ignore[no-untyped-def]
     output = [
         (extent + begin + end - step * (kernel - 1) - 1) // jump + 1
@@ -113,7 +116,7 @@ def _(x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_g
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-@torch.library.custom_op("dcn_np::modulated_deform_conv_backward", mutates_args=())
+@operator("modulated_deform_conv_backward")
 def _convolve_backward(
     grad_output: Tensor,
     x: Tensor,
@@ -147,7 +150,7 @@ def _convolve_backward(
     return as_tensors(gradients, x)
 
 
-@_convolve_backward.register_fake
+@torch.library.register_fake(_convolve_backward)
 def _(grad_output, x, offset, mask, weight, *parameters):  # type: ignore[no-untyped-def]
     needs = parameters[-2]
     bias = x.new_empty(weight.shape[0])
@@ -165,32 +168,17 @@ def _settings() -> tuple[bool]:
 register_autograd(_convolve, _convolve_backward, tensors=5, saved=4, settings=_settings)
 
 
-@_convolve.register_vmap
+@torch.library.register_vmap(_convolve)
 def _(info, in_dims, x, offset, mask, weight, bias, *parameters):  # type: ignore[no-untyped-def]
-    arrays, dims = [x, offset, mask, weight, bias], in_dims[:5]
-    moved = [a if dim is None else a.movedim(dim, 0) for a, dim in zip(arrays, dims, strict=True)]
-    if dims[3] is None and dims[4] is None:
-        # One call with the new axis as part of the batch.
-        per_image = [
-            a if a is None else (a.expand(info.batch_size, *a.shape) if dim is None else a).flatten(0, 1)
-            for a, dim in zip(moved[:3], dims[:3], strict=True)
-        ]
-        return _convolve(*per_image, weight, bias, *parameters).unflatten(0, (info.batch_size, -1)), 0
-    return torch.stack([_convolve(*one, *parameters) for one in _one_by_one(moved, dims, info.batch_size)]), 0
+    if in_dims[3] is not None or in_dims[4] is not None:
+        return one_by_one(_convolve)(info, in_dims, x, offset, mask, weight, bias, *parameters)
+    pairs = zip((x, offset, mask), in_dims[:3], strict=True)
+    per_image = [folded(array, dim, info.batch_size) for array, dim in pairs]
+    return _convolve(*per_image, weight, bias, *parameters).unflatten(0, (info.batch_size, -1)), 0
 
 
-@_convolve_backward.register_vmap
-def _(info, in_dims, grad_output, x, offset, mask, weight, *parameters):  # type: ignore[no-untyped-def]
-    # The gradients of weight and bias are sums over the batch, so each entry is a call of its own.
-    arrays, dims = [grad_output, x, offset, mask, weight], in_dims[:5]
-    moved = [a if dim is None else a.movedim(dim, 0) for a, dim in zip(arrays, dims, strict=True)]
-    each = [_convolve_backward(*one, *parameters) for one in _one_by_one(moved, dims, info.batch_size)]
-    return [torch.stack(gradients) for gradients in zip(*each, strict=True)], [0] * 5
-
-
-def _one_by_one(arrays: list[Any], dims: Sequence[int | None], count: int) -> Iterable[list[Any]]:
-    for index in range(count):
-        yield [a if dim is None else a[index] for a, dim in zip(arrays, dims, strict=True)]
+# The gradients of weight and bias are sums over the batch, so each entry is a call of its own.
+torch.library.register_vmap(_convolve_backward, one_by_one(_convolve_backward))
 
 
 # ---- functions

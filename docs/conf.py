@@ -35,18 +35,10 @@ templates_path = [str(ROOT / "docs" / "templates")]
 # ---- reference of the public names
 
 default_role = "py:obj"
-# Frameworks need not be there: docstrings and signatures come from the text of the adapters. Nor can operators be
-# registered with a torch that is mocked.
-autodoc_mock_imports = [
-    "cupy",
-    "dask",
-    "dcn_np._torch_operators",
-    "jax",
-    "onnx",
-    "paddle",
-    "tensorflow",
-    "torch",
-]
+# Frameworks need not be there: docstrings and signatures come from the text of the adapters. With a torch
+# that is not there no operators can be registered.
+autodoc_mock_imports = ["cupy", "dask", "jax", "onnx", "paddle", "tensorflow", "torch"]
+autodoc_mock_imports += ["dcn_np._torch_operators"]
 _MockObject.__or__ = lambda self, other: self  # Array | None, while dcn_np.jax is imported
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings say types, shapes and dtypes

@@ -85,7 +85,6 @@ class PositionPass : public BackwardRound<T, NDim> {
                    const Gradient& gradient) {
     const Block& block = buffers_.blocks[index];
     const Displacement<T, NDim> moved = this->moved(slot, block.offset_group);
-    moved.prefetch(tap + 1, tile.first, tile.count);
     locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved, x_of(slot, block), buffers_.zeros,
                    grad_x_of(slot, block), mine.nowhere, *mine.corners);
     T* dots = plan_.grads_at_positions ? dots_of(slot, index, tap, at) : nullptr;
@@ -119,8 +118,7 @@ class PositionPass : public BackwardRound<T, NDim> {
                    const Tap<NDim>& tap, int64_t at) {
     const Displacement<T, NDim> moved = this->moved(slot, group);
     const Displacement<T, NDim> gradients(arguments_.grad_offset, arguments_.grad_mask, arguments_.positions,
-                                          plan_.taps, first_image_ + slot, group);
-    moved.prefetch(tap.index + 1, tile.first, tile.count);
+                                          plan_.taps, first_image_ + slot, group, geometry().offset_groups);
     gradients.template prefetch<true>(tap.index + 1, tile.first, tile.count);
     with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry()), [&](auto lanes) {
       using L = decltype(lanes);

@@ -70,8 +70,8 @@ class BackwardRound {
     return reinterpret_cast<T*>(grad_output.data + (first_image_ + slot) * grad_output.batch);
   }
   Displacement<T, NDim> moved(int64_t slot, int64_t offset_group) const {
-    return {arguments_.offset, arguments_.mask,     arguments_.positions,
-            plan_.taps,        first_image_ + slot, offset_group};
+    return {arguments_.offset,   arguments_.mask, arguments_.positions,    plan_.taps,
+            first_image_ + slot, offset_group,    geometry().offset_groups};
   }
 
   const BackwardArguments& arguments_;

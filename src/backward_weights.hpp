@@ -78,7 +78,6 @@ class WeightPass : public BackwardRound<T, NDim> {
     for (int64_t at = 0; at < count; at += kGatherPositions) {
       const Tile<NDim> tile(geometry(), first + at, least(kGatherPositions, count - at));
       for (int64_t tap = first_tap; tap < first_tap + taps; ++tap) {
-        moved.prefetch(tap + 1, tile.first, tile.count);
         locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels, buffers_.zeros,
                       *mine.samples);
         body(tile, at, tap);

@@ -66,10 +66,11 @@ template <class T, int NDim>
 struct Displacement {
   Planes offset, mask;
   Storage storage;
-  int64_t taps;
+  int64_t planes;  // taps of this group and those after it
 
-  Displacement(Planes offset, Planes mask, Storage storage, int64_t taps, int64_t image, int64_t group)
-      : offset(offset), mask(mask), storage(storage), taps(taps) {
+  Displacement(Planes offset, Planes mask, Storage storage, int64_t taps, int64_t image, int64_t group,
+               int64_t groups)
+      : offset(offset), mask(mask), storage(storage), planes((groups - group) * taps) {
     if (offset.data) this->offset.data += image * offset.batch + group * taps * NDim * offset.channel;
     if (mask.data) this->mask.data += image * mask.batch + group * taps * mask.channel;
   }
@@ -83,11 +84,12 @@ struct Displacement {
   typename L::Real masks(int64_t tap, int64_t position, int64_t count) const {
     return read<L>(mask, tap, position, count, L::real(1));
   }
-  // Asks for a tap's numbers, to be read or written soon. The planes of different taps lie far apart, too many
-  // streams for the processor to foresee. Past the last tap it does nothing.
+  // Asks for a tap's numbers, to be read or written soon; after the last tap of the group comes the next group's
+  // first, and past the last of all it does nothing. The planes of different taps lie far apart, too many streams
+  // for the processor to foresee.
   template <bool kWrite = false>
   DCN_INLINE void prefetch(int64_t tap, int64_t position, int64_t count) const {
-    if (tap >= taps) return;
+    if (tap >= planes) return;
     for (int axis = 0; axis < NDim; ++axis) prefetch<kWrite>(offset, tap * NDim + axis, position, count);
     prefetch<kWrite>(mask, tap, position, count);
   }
@@ -160,7 +162,8 @@ struct Samples {
   T weight[kCorners<NDim>][kTilePositions];
 };
 
-// The axes of L::count positions of a tile, from `p` on.
+// The axes of L::count positions of a tile, from `p` on. Asks for the same of the next tap: a few lines at a time, for
+// a processor waits once it has asked for more than it can keep track of.
 template <class L, class T, int NDim>
 DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
                        const Displacement<T, NDim>& moved, int64_t p, AxisSample<L> (&axes)[NDim]) {
@@ -170,6 +173,7 @@ DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const T
     const auto offset = moved.template offsets<L>(tap.index, axis, tile.first + p, tile.count - p);
     axes[axis] = locate_axis<L>(offset, base, geometry.input[axis]);
   }
+  moved.prefetch(tap.index + 1, tile.first + p, least(L::count, tile.count - p));
 }
 
 // Writes the address of a corner's pixel for each position; where it is not `readable` that of `nothing`.

@@ -25,8 +25,7 @@ struct ForwardPlan : Plan<T, NDim> {
         x(arguments.x, arguments.images, arguments.geometry.in_channels, arguments.geometry.input),
         panels(Panels::of<T>(this->group_outputs)),
         threads(threads) {
-    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 2304 / sizeof(T), kColumnsBytes = 400 << 10,
-                      kTilesPerThread = 32;
+    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 2304 / sizeof(T), kColumnsBytes = 400 << 10;
     terms = taps * this->group_inputs;
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
     chunk_taps = ceiling(taps, ceiling(taps * channels, kChunkTerms));
@@ -36,15 +35,21 @@ struct ForwardPlan : Plan<T, NDim> {
     const int64_t per_position = (columns_stride + 1) * sizeof(T);
     const int64_t fitting = kColumnsBytes / per_position / kTileRows * kTileRows;
     const int64_t most = clamp(fitting, 2 * kTileRows, kTilePositions);
-    // Enough tiles that no thread waits long for the last one: a tile never changes the bits of a result.
-    const int64_t fair = ceiling(ceiling(geometry.batch * positions, kTilesPerThread * threads), kTileRows);
-    tile_positions = threads == 1 ? most : clamp(fair * kTileRows, 2 * kTileRows, most);
+    tile_positions = most;
+    for (int64_t fewer = most - kTileRows; fewer >= 2 * kTileRows; fewer -= kTileRows)
+      if (longest(fewer) < longest(tile_positions)) tile_positions = fewer;
     tiles = ceiling(positions, tile_positions);
 
     constexpr size_t kRoundBytes = 2 << 20;
     const size_t image_bytes = x.buffer_elements() * sizeof(T) + 1;
     const int64_t images = static_cast<int64_t>(kRoundBytes * threads / image_bytes);
     round_images = x.in_place ? geometry.batch : clamp(images, 1, geometry.batch);
+  }
+  // What the busiest thread has to do with tiles of this size, in positions: a tile never changes the bits of a result.
+  // To go through the weights once more costs as much as a few positions.
+  int64_t longest(int64_t tile) const {
+    constexpr int64_t kWeights = 8;
+    return ceiling(geometry.batch * ceiling(positions, tile), threads) * (tile + kWeights);
   }
   int64_t sums_buffers() const { return this->depthwise && taps > kOutputPiece ? 2 : 1; }
   const T* packed(const T* weights, int64_t group, int64_t panel) const {
@@ -173,10 +178,9 @@ class ForwardRun {
     const int64_t image = first + slot, channels = plan_.offset_group_channels;
     for (int64_t group = 0; group < geometry().offset_groups; ++group) {
       const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, arguments_.positions, plan_.taps,
-                                        image, group);
+                                        image, group, geometry().offset_groups);
       const Pixels<NDim> pixels = plan_.x.view(image, image_buffer(slot), group * channels, channels);
       for (int64_t tap = begin; tap < end; ++tap) {
-        moved.prefetch(tap + 1, tile.first, tile.count);
         locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels, buffers_.zeros, samples);
         body(tap, group * channels, channels);
       }

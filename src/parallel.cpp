@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <climits>
@@ -74,11 +75,25 @@ int startable_threads(int wanted) {
 }  // namespace
 
 struct Team::Shared {
-  alignas(64) std::atomic<int64_t> next{0};
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  Share shares[kShares];
+  int share_count = 0;
   alignas(64) std::atomic<int> working{0};
   alignas(64) std::atomic<bool> stop{false};
   alignas(64) Interrupt interrupt;
   Clock::time_point next_poll;
+
+  void share(int64_t items, int count) {
+    const auto first = [=](int64_t i) { return items / count * i + std::min(i, items % count); };
+    for (int i = 0; i < count; ++i) {
+      shares[i].next.store(first(i), std::memory_order_relaxed);
+      shares[i].end = first(i + 1);
+    }
+    share_count = count;
+  }
 
   // False once interrupted; only the calling thread asks, and after a yes never again.
   bool poll() {
@@ -111,25 +126,29 @@ bool Team::keep_going(int thread) {
   return thread == 0 ? shared_->poll() : !shared_->stop.load(std::memory_order_relaxed);
 }
 
-void Team::work(int64_t items, Item body, const void* context, int thread) {
-  while (keep_going(thread)) {
-    const int64_t item = shared_->next.fetch_add(1, std::memory_order_relaxed);
-    if (item >= items) return;
-    body(context, item, thread);
+void Team::work(Item body, const void* context, int thread) {
+  for (int i = 0; i < shared_->share_count; ++i) {
+    Shared::Share& share = shared_->shares[(thread + i) % shared_->share_count];
+    while (true) {
+      if (!keep_going(thread)) return;
+      const int64_t item = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (item >= share.end) break;
+      body(context, item, thread);
+    }
   }
 }
 
 bool Team::run(int64_t items, Item body, const void* context) {
-  shared_->next.store(0, std::memory_order_relaxed);
   // The whole team, also for fewer items: OpenMP ends the threads that a smaller team does not need.
   const int wanted = items > 1 && threads_ > 1 ? startable_threads(threads_) : 1;
+  shared_->share(items, std::min(wanted, kShares));
   if (wanted == 1) {
-    work(items, body, context, 0);
+    work(body, context, 0);
     return !shared_->stop.load(std::memory_order_relaxed);
   }
   shared_->working.store(wanted, std::memory_order_relaxed);
   auto member = [&](int thread, int threads) {
-    work(items, body, context, thread);
+    work(body, context, thread);
     if (thread != 0) {
       shared_->working.fetch_sub(1, std::memory_order_release);
       return;
@@ -181,15 +200,23 @@ void* allocate(size_t bytes) {
   // tables when corners are gathered from all over an image.
   constexpr size_t kAlignment = 64, kHugePage = 2 << 20;
   const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
-  if (bytes > SIZE_MAX - alignment) return nullptr;
+  if (bytes > SIZE_MAX - 2 * alignment) return nullptr;
   const size_t whole = (bytes + alignment - 1) / alignment * alignment;
-  void* memory = std::aligned_alloc(alignment, whole);
+  // Not aligned_alloc: where glibc is older than 2.38 it finds no use for the block that the last call freed, and
+  // the heap of a small process grew by megabytes.
+  char* given = static_cast<char*>(std::malloc(whole + alignment));
+  if (!given) return nullptr;
+  // malloc aligns for a pointer at least: one to what it gave stands before the block.
+  char* block = given + alignment - reinterpret_cast<uintptr_t>(given) % alignment;
+  reinterpret_cast<void**>(block)[-1] = given;
 #if defined(MADV_HUGEPAGE)
-  if (memory && alignment == kHugePage) madvise(memory, whole, MADV_HUGEPAGE);
+  if (alignment == kHugePage) madvise(block, whole, MADV_HUGEPAGE);
 #endif
-  return memory;
+  return block;
 }
 
-void release(void* memory) { std::free(memory); }
+void release(void* memory) {
+  if (memory) std::free(static_cast<void**>(memory)[-1]);
+}
 
 }  // namespace dcn

@@ -16,10 +16,11 @@ struct Interrupt {
   void* context;
 };
 
-// The threads of one call. Items are handed out one by one; what an item computes may depend on its index and
-// never on the thread that runs it, and no two items of one run() may write the same memory: that is what
-// makes results independent of the number of threads. run() takes fewer threads where the system gives fewer,
-// and no exception crosses it.
+// The threads of one call. Each takes items one by one from a share of its own, and then from those of others: items
+// near to each other, of one run() and the next, meet the same caches. What an item computes may depend on its index
+// and never on the thread that runs it, and no two items of one run() may write the same memory: that is what makes
+// results independent of the number of threads. run() takes fewer threads where the system gives fewer, and no
+// exception crosses it.
 class Team {
  public:
   Team(int threads, Interrupt interrupt);
@@ -47,12 +48,13 @@ class Team {
  private:
   using Item = void (*)(const void* context, int64_t item, int thread);
   bool run(int64_t items, Item body, const void* context);
-  void work(int64_t items, Item body, const void* context, int thread);
+  void work(Item body, const void* context, int thread);
 
+  static constexpr int kShares = 64;  // more threads have some in common
   struct Shared;
   Shared* shared_;
   int threads_;
-  alignas(64) unsigned char storage_[320];
+  alignas(64) unsigned char storage_[64 * (kShares + 4)];
 };
 
 // Who keeps threads. A module of its own fills this in (openmp.hpp), for its library cannot be loaded everywhere; as

@@ -155,6 +155,7 @@ def emulated_gpu():
         empty=empty,
         empty_like=empty_like,
         may_share_memory=may_share_memory,
+        from_dlpack=lambda array: array.__dlpack__(),  # what is on the emulated GPU needs no capsule
         RawModule=RawModule,
     )
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "cupy"}

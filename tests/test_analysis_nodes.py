@@ -160,6 +160,17 @@ def test_strengths_are_differences_of_the_response_by_the_positions(name):
     assert found.max() > 0
 
 
+def test_no_branch_is_computed_twice(monkeypatch):
+    stages, calls = network(), []
+    branch = type(stages["conv2"]).branch
+    monkeypatch.setattr(type(stages["conv2"]), "branch", lambda layer, x: calls.append(x) or branch(layer, x))
+    of_node = of_layers(stages, NODES["a feature vector"])
+    for analyse in (of_node.strengths, of_node.sampled_layers):
+        calls.clear()
+        analyse(image_of())
+        assert len(calls) == 1
+
+
 # ---- receptive fields
 
 

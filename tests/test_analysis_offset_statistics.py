@@ -152,6 +152,83 @@ def test_the_table_says_what_the_records_do():
     assert len({len(line) for line in offset_table(records).splitlines()}) == 1
 
 
+# ---- against the scale of objects
+
+
+PLACES = {"small": [[1.5, 3.5, 6.5, 9.5]], "large": [[8.0, 0, 20, 8], [-3, 11.0, 40, 40]]}
+
+
+def test_samples_are_told_by_the_objects_that_their_positions_lie_on():
+    layers = {"layer2.0.conv2": random_layer(2, 3, scale=2), "layer2.1.conv2": random_layer(2, 4, scale=2)}
+    records = offset_statistics(layers, places=PLACES)
+    assert [(record.name, record.where) for record in records] == [
+        (name, where) for name in (*layers, "layer2") for where in (None, "small", "large", "elsewhere")
+    ]
+    plain = offset_statistics(layers)
+    assert [record for record in records if record.where is None] == plain
+    of_first = {record.where: record for record in records[:4]}
+    layer = layers["layer2.0.conv2"]
+    geometry = layer.geometry
+    offset = layer.offset.reshape(2, 2, geometry.taps, 2, *geometry.output)
+    mask = layer.mask.reshape(2, 2, geometry.taps, *geometry.output)
+    lengths, masks = {}, {}
+    for y, x in np.ndindex(*geometry.output):
+        at = 4 * y, 4 * x  # the stride of the layer times its scale
+        hit = [
+            name
+            for name, boxes in PLACES.items()
+            if any(y1 <= at[0] < y2 and x1 <= at[1] < x2 for y1, x1, y2, x2 in boxes)
+        ]
+        for name in hit or ["elsewhere"]:
+            lengths.setdefault(name, []).append(np.hypot(*np.moveaxis(offset[..., y, x], 3, 0)).ravel())
+            masks.setdefault(name, []).append(mask[..., y, x].ravel())
+    assert len(lengths) == 3
+    for name, values in lengths.items():
+        record = of_first[name]
+        assert record.samples == np.concatenate(values).size
+        assert record.mean == pytest.approx(np.concatenate(values).mean(), rel=1e-12)
+        assert record.in_image == pytest.approx(2 * record.mean, rel=1e-12)
+        assert record.mask_mean == pytest.approx(np.concatenate(masks[name]).mean(), rel=1e-12)
+    names = [line.split("|")[0].strip() for line in offset_table(records).splitlines()]
+    assert names[1:5] == [
+        "layer2.0.conv2",
+        *(f"layer2.0.conv2, {name}" for name in ("small", "large", "elsewhere")),
+    ]
+
+
+def test_the_dilation_and_the_share_outside_are_those_of_the_place():
+    offset = np.zeros((1, 18, 12, 12))
+    taps = np.indices((3, 3)).reshape(2, 9) - 1.0
+    offset[0, ::2, 6:], offset[0, 1::2, 6:] = taps[0][:, None, None], taps[1][:, None, None]  # twice as far
+    layer = SampledLayer((12, 12), 3, 1, 1, offset=offset, scale=8)
+    box = [[47.5, -0.5, 95.5, 95.5]]
+    whole, lower, upper = offset_statistics({"conv": layer}, places={"lower": box})
+    assert (lower.dilation, upper.dilation) == (2, 1)
+    assert whole.dilation == 1.5
+    assert lower.outside > upper.outside > 0
+    (only,) = offset_statistics({"conv": layer}, places={"nothing": np.zeros((0, 4))})[1:]
+    assert (only.where, only.samples) == ("elsewhere", whole.samples)
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ({"a": [1, 2, 3, 4]}, r"places\['a'\] has shape \(4,\); wanted \(boxes, 4\)"),
+        ({"a": [[0, 0, 1, 1], [3, 3, 3, 9]]}, r"places\['a'\]\[1\] is .*, an empty box"),
+        ({"a": [[0, 0, np.nan, 1]]}, r"places\['a'\]\[0\] is .*, an empty box"),
+        ({"elsewhere": [[0, 0, 1, 1]]}, "places has the name 'elsewhere'"),
+    ],
+)
+def test_wrong_places_are_refused(places, said):
+    with pytest.raises(ValueError, match=said):
+        offset_statistics({"conv": random_layer(2)}, places=places)
+
+
+def test_places_are_in_a_plane():
+    with pytest.raises(ValueError, match="a layer with 1 spatial axis; wanted 2"):
+        offset_statistics({"conv": random_layer(1)}, places=PLACES)
+
+
 def test_what_is_no_layer_is_refused():
     with pytest.raises(TypeError, match=r"layers\['conv'\] is an array .*; wanted a SampledLayer"):
         offset_statistics({"conv": np.zeros((1, 18, 4, 4))})

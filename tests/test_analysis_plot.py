@@ -46,6 +46,7 @@ def test_every_function_returns_the_axes_that_it_was_given(axes):
     assert plot.receptive_field(axes, np.ones((12, 16))) is axes
     assert plot.salient_region(axes, np.ones((12, 16), bool)) is axes
     assert plot.label_pixels(axes) is axes
+    assert plot.outlined_box(axes, [0, 1, 2, 3]) is axes
 
 
 @pytest.mark.parametrize("around", [0, 2.5])
@@ -168,6 +169,17 @@ def test_a_region_of_nothing_or_all_is_drawn(axes, kept):
     drawn(axes)
 
 
+def test_a_box_is_outlined_at_its_borders(axes):
+    plot.show_image(axes, IMAGE)
+    limits = axes.get_xlim(), axes.get_ylim()
+    plot.outlined_box(axes, [1.5, -0.5, 20.5, 8.5])
+    for frame in axes.patches:
+        np.testing.assert_array_equal(frame.get_bbox().extents, [-0.5, 1.5, 8.5, 20.5])
+        assert not frame.get_fill()
+    drawn(axes)
+    assert (axes.get_xlim(), axes.get_ylim()) == limits
+
+
 def test_a_point_is_drawn_at_its_pixel(axes):
     plot.sampling_points(plot.show_image(axes, np.zeros((1, 8, 8))), [[2.0, 5.0]], area=200)
     picture = drawn(axes)
@@ -187,6 +199,7 @@ def test_a_point_is_drawn_at_its_pixel(axes):
         ("receptive_field", (np.zeros(4),), r"field has shape \(4,\)"),
         ("salient_region", (np.zeros((4, 4)),), "mask is .* float64; wanted .* bool"),
         ("salient_region", (np.zeros(4, bool),), "mask is"),
+        ("outlined_box", ([1, 2, 3],), r"box has shape \(3,\); wanted \(4,\): y1, x1, y2, x2"),
     ],
 )
 def test_what_is_not_in_a_plane_is_refused(axes, function, arguments, said):
@@ -194,6 +207,7 @@ def test_what_is_not_in_a_plane_is_refused(axes, function, arguments, said):
         getattr(plot, function)(axes, *arguments)
     assert not axes.images
     assert not axes.collections
+    assert not axes.patches
 
 
 # ---- sheets
@@ -241,6 +255,18 @@ def test_a_sheet_shows_all_points_that_count():
         assert place.get_xlim()[0] < counted[:, 1].min()
         assert place.get_ylim()[1] < counted[:, 0].min()
         assert place.images[0].get_extent() == [-0.5, 15.5, 11.5, -0.5]
+
+
+def test_a_sheet_of_regions_shows_their_frames():
+    view = view_of()._replace(box=np.array([-3.5, 1.5, 8.5, 9.5]))
+    axes = plot.sheet(plot.new_sheet(1), [view])
+    for place in axes.ravel():
+        assert not place.lines
+        assert [frame.get_bbox().extents.tolist() for frame in place.patches] == 2 * [[1.5, -3.5, 9.5, 8.5]]
+        assert place.get_ylim()[1] < -3.5
+    assert axes[0, 0].get_ylabel().startswith("bins of the region")
+    mixed = plot.sheet(plot.new_sheet(2), [view, view_of()])
+    assert mixed[0, 0].get_ylabel().startswith("sampling points")
 
 
 def test_points_at_infinity_do_not_count():

@@ -68,6 +68,16 @@ def test_the_samples_of_a_lower_layer_are_told_on_request():
     np.testing.assert_array_equal(view.positions[[0, 4, 8]], [[3, 5], [4, 6], [5, 7]])
 
 
+def test_the_field_is_averaged_over_the_images_that_are_given():
+    of_node = of_layers(network(), Node("relu3", position=(2, 3)))
+    images = np.random.default_rng(2).random((3, 1, 20, 24))
+    view = view_node(of_node, IMAGE, images=images, relaxed_steps=1)
+    wanted = analysis.effective_receptive_field(of_node, images)
+    np.testing.assert_array_equal(view.field.field, wanted.field)
+    np.testing.assert_array_equal(view.field.responses, wanted.responses)
+    np.testing.assert_array_equal(view.positions, view_node(of_node, IMAGE, relaxed_steps=1).positions)
+
+
 def test_a_box_has_the_samples_of_all_its_positions():
     box = Node("relu3", position=(slice(1, 3), 2))
     of_node = of_layers(network(), box)
@@ -126,7 +136,7 @@ def test_a_position_is_of_integers(position):
     [
         ({"levels": 0}, "levels is 0"),
         ({"levels": 4}, "levels is 4; 'conv3' is layer 3 from the image: wanted 1 to 3"),
-        ({"layer": "relu3"}, "layer is 'relu3'; the convolutions are"),
+        ({"layer": "relu3"}, "layer is 'relu3'; the layers that sample are"),
         ({"epsilon": 0}, "epsilon is 0"),
     ],
 )
@@ -136,5 +146,5 @@ def test_options_that_do_not_fit_are_refused(options, said):
 
 
 def test_a_network_without_convolutions_is_refused():
-    with pytest.raises(ValueError, match=r"layer is 0 \(int\); the convolutions are"):
+    with pytest.raises(ValueError, match=r"layer is 0 \(int\); the layers that sample are"):
         view_node(of_layers([ReLU()], Node(0, position=(1, 1))), IMAGE.repeat(2, axis=0))

@@ -196,6 +196,21 @@ print(modules.cubin_path(next(modules.every_plain_module()), 80))
 """
 
 
+def test_a_user_without_a_home_gets_a_private_folder(cache, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def home():
+        raise RuntimeError(
+            "Could not determine home directory."
+        )  # as for a user whom the system does not know
+
+    monkeypatch.setattr(modules.Path, "home", home)
+    assert modules.cache_folder() == cache
+    monkeypatch.delenv("DCN_NP_CACHE_DIR")
+    modules.cache_folder.cache_clear()
+    assert modules.cache_folder().stat().st_mode & 0o077 == 0
+
+
 def test_several_processes_compile_at_once(cache):
     variables = environment(DCN_NP_CACHE_DIR=str(cache))
     running = [

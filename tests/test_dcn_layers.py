@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from calls import python
 
 import dcn_np
 from dcn_np import layers, reference
@@ -206,6 +207,17 @@ def test_backward_needs_a_forward():
         Conv1d(1, 1, 1).backward(np.ones((1, 1, 1), np.float32))
 
 
+@pytest.mark.parametrize("layer", [Conv2d, DeformConv2d, ModulatedDeformConv2d])
+def test_a_layer_tells_what_it_sampled_by(layer):
+    made = layer(2, 3, 3, rng=0)
+    with pytest.raises(RuntimeError, match="last_branch without a forward before it"):
+        made.last_branch()
+    x = np.random.default_rng(0).random((2, 2, 6, 5), dtype=np.float32)
+    made.forward(x)
+    for found, wanted in zip(made.last_branch(), made.branch(x), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
 def steps_until_a_tenth(network, x, target, rate, most):
     """Train by plain gradient descent; return how many steps the loss took to fall to a tenth."""
     first, second = network
@@ -356,8 +368,35 @@ def test_a_state_dict_makes_an_equal_layer(kind, bias):
     second.load_state_dict(state)
     x = image(first, rng)
     np.testing.assert_array_equal(first.forward(x), second.forward(x))
+    third = kind.from_state_dict(state, 2, 2, 2, padding=1, bias=bias, dtype=np.float64)
+    np.testing.assert_array_equal(first.forward(x), third.forward(x))
     second.weight += 1  # a copy
     np.testing.assert_array_equal(first.weight, state["weight"])
+
+
+def test_a_state_that_does_not_fit_makes_no_layer():
+    state = Conv2d(2, 4, 3).state_dict()
+    with pytest.raises(ValueError, match=r"weight has the shape \(4, 2, 3, 3\); .* wants \(4, 2, 2, 2\)"):
+        Conv2d.from_state_dict(state, 2, 4, 2)
+    with pytest.raises(ValueError, match=r"state holds 'bias'; .*bias=False\) has 'weight' only"):
+        Conv2d.from_state_dict(state, 2, 4, 3, bias=False)
+
+
+NOTHING_DRAWN = """
+import sys, numpy
+before = set(sys.modules)
+import dcn_np.layers as layers
+state = layers.load_npz(sys.argv[1])
+layer = layers.ModulatedDeformConv2d.from_state_dict(state, 2, 4, 3, padding=1)
+layer.forward(numpy.ones((1, 2, 5, 5), numpy.float32))
+print(*(name for name in set(sys.modules) - before if name.startswith("numpy")))
+"""
+
+
+def test_loading_and_running_a_layer_imports_no_more_of_numpy(tmp_path):
+    # numpy.random alone takes 6 MB. NumPy 1 imports it by itself.
+    layers.save_npz(tmp_path / "layer.npz", ModulatedDeformConv2d(2, 4, 3).state_dict())
+    assert python(NOTHING_DRAWN, tmp_path / "layer.npz") == ""
 
 
 def test_a_layer_keeps_its_dtype():

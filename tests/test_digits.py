@@ -176,8 +176,7 @@ def test_training_with_numpy_lowers_the_loss(variant, stored):
 
 def test_a_training_learns_more_than_chance(stored):
     digits = data.Digits(*(array[:600] for array in stored[2]))
-    network = networks.Network("DCNv2")
-    network.load_state_dict(stored[0]["DCNv2"])
+    network = networks.Network("DCNv2", state=stored[0]["DCNv2"])
     for value in network.layers["classifier"].parameters().values():
         value[:] = 0  # the features stay, so that a few steps are enough
     losses = list(networks.train(network, digits, seed=0, epochs=3))
@@ -244,8 +243,7 @@ def test_the_stored_file_is_small_and_whole(stored):
 def test_stored_weights_reach_the_stored_accuracy(variant, stored):
     states, counts, originals = stored
     digits = data.test_set(originals)
-    network = networks.Network(variant)
-    network.load_state_dict(states[variant])
+    network = networks.Network(variant, state=states[variant])
     assert counts[variant] > 0.75 * len(digits.labels)
     assert abs(data.count_right(network.logits, digits) - counts[variant]) <= run.ALLOWED_DIFFERENCE
 
@@ -264,8 +262,7 @@ def test_the_stored_networks_run_without_torch():
 def test_running_notices_other_answers(tmp_path, capsys, stored):
     states, _, originals = stored
     few = data.Digits(*(array[:50] for array in originals))
-    network = networks.Network("plain")
-    network.load_state_dict(states["plain"])
+    network = networks.Network("plain", state=states["plain"])
     right = data.count_right(network.logits, data.test_set(few))
     for claimed, status in ((right, 0), (right + run.ALLOWED_DIFFERENCE + 1, 1)):
         claim = a_run("plain", right=claimed)._replace(state=states["plain"])

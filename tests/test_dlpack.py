@@ -383,6 +383,8 @@ class ExchangeTable(ctypes.Structure):
         ("previous", ctypes.c_void_p),
         ("allocate", ctypes.c_void_p),
         ("from_array", ctypes.c_void_p),
+        ("to_array", ctypes.c_void_p),
+        ("lend", ctypes.c_void_p),
     )
 
 
@@ -393,8 +395,26 @@ def from_array(array, to):
     return 0
 
 
-def table(function, major=1):
-    return ExchangeTable(major, 0, None, None, ctypes.cast(function, ctypes.c_void_p))
+MADE = []  # keeps what to_array makes, which gives its only reference away
+
+
+@ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p))
+def to_array(tensor, to):
+    MADE.append(Tensor(np.asarray(_dlpack.memory_of(new_capsule(tensor, b"dltensor_versioned", None)))))
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(MADE[-1]))
+    to[0] = id(MADE[-1])
+    return 0
+
+
+@ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object, ctypes.POINTER(DLTensor))
+def lend(array, to):
+    to[0].device_type, to[0].device_id = array.device
+    return 0
+
+
+def table(function, major=1, back=to_array, lend=None):
+    functions = (ctypes.cast(one, ctypes.c_void_p) for one in (function, back, lend))
+    return ExchangeTable(major, 0, None, None, *functions)
 
 
 def table_capsule(table, name=b"dlpack_exchange_api"):
@@ -402,7 +422,9 @@ def table_capsule(table, name=b"dlpack_exchange_api"):
 
 
 # One that makes nothing: -1 where __bool__ raises, else 1.
-TABLE, SECOND, FAILING = table(from_array), table(from_array, 2), table(ctypes.pythonapi.PyObject_IsTrue)
+NOTHING = ctypes.pythonapi.PyObject_IsTrue
+TABLE, SECOND, LENDING = table(from_array), table(from_array, 2), table(from_array, lend=lend)
+FAILING, FAILING_EVERYWHERE = table(NOTHING), table(NOTHING, lend=NOTHING)
 
 
 class Exchanging(Hostile):
@@ -497,11 +519,42 @@ def test_c_functions_are_preferred():
     assert not np.asarray(read_only).flags.writeable
 
 
+def test_a_result_goes_out_by_the_c_function(library):
+    del library.from_dlpack
+    y = consume(Exchanging(shape=(1, 1, 2, 4)))
+    assert y is MADE[-1]
+    again = _dlpack.array_by(Exchanging.__dlpack_c_exchange_api__, _dlpack.Exported(y.array))
+    assert again.array.ctypes.data == y.array.ctypes.data
+    assert sys.getrefcount(again) == 3  # MADE, a name and the argument
+
+
+def test_a_result_that_the_c_function_does_not_take():
+    idle = table(from_array, back=ctypes.pythonapi.PyErr_CheckSignals)
+    with pytest.raises(BufferError, match="made nothing"):
+        _dlpack.array_by(table_capsule(idle), _dlpack.Exported(np.zeros(3)))
+
+
+def test_c_functions_say_where_an_array_is():
+    class Lending(Exchanging):
+        __module__ = "other_library"
+        __dlpack_c_exchange_api__ = table_capsule(LENDING)
+        device = 1, 0
+
+        def __dlpack_device__(self):
+            raise AssertionError("was called")
+
+    x, weight = Lending(), Lending()
+    assert dcn_np.deform_conv(x, None, weight).array.shape == (1, 1, 1, 1)
+    weight.device = 2, 3
+    with pytest.raises(ValueError, match=r"weight is .* on CUDA device 3, but x is .* on the CPU"):
+        dcn_np.deform_conv(x, None, weight)
+
+
 @pytest.mark.parametrize("fails", [True, False], ids=["raises", "makes nothing"])
 def test_where_a_c_function_fails_the_method_is_asked(fails):
     class Failing(Exchanging):
         __module__ = "other_library"
-        __dlpack_c_exchange_api__ = table_capsule(FAILING)
+        __dlpack_c_exchange_api__ = table_capsule(FAILING_EVERYWHERE if fails else FAILING)
 
         def __bool__(self):
             if fails:

@@ -25,9 +25,7 @@ COUNT = 12
 
 @pytest.fixture(scope="module")
 def network():
-    found = networks.Network(run.VARIANT)
-    found.load_state_dict(runs.read_weights()[0][run.VARIANT])
-    return found
+    return networks.Network(run.VARIANT, state=runs.read_weights()[0][run.VARIANT])
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +251,14 @@ def test_the_peak_grows_with_what_is_held():
     held = np.ones(max(2 * before, 2**26), np.uint8)
     assert memory.peak_memory() >= before + held.nbytes / 4
     assert 5e6 < memory.memory_of_numpy() < 1e8  # not what this process, its parent, holds
+
+
+def test_the_peak_of_each_import_is_said():
+    command = [sys.executable, "-m", "examples.edge.memory", "numpy", "numpy.random"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    peaks = [int(line.split()[0]) for line in found.splitlines()]
+    assert re.fullmatch(r"\d+ bytes after numpy\n\d+ bytes after numpy\.random\n", found)
+    assert peaks == sorted(peaks)
 
 
 def test_the_verdict_on_memory():

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import types
 
 import emulated
 import emulated_gpu
@@ -52,6 +53,37 @@ def check(problem, **keywords):
             given = getattr(problem, name)
             assert mine.dtype == (problem.dtype if given is None else given.dtype)
             assert_close(mine, wanted, mine.dtype, scales[name], what=f"gradient {name} of {problem}")
+
+
+class Foreign:
+    """An array of another library on the GPU, over memory that CuPy takes."""
+
+    __module__ = "other_library"
+
+    def __init__(self, memory):
+        self.memory = memory
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+    def __dlpack__(self):
+        return self.memory
+
+
+def test_arrays_of_another_library(monkeypatch):
+    """CuPy reads them, and the library takes CuPy's results."""
+    library = types.ModuleType("other_library")
+    library.from_dlpack = Foreign
+    monkeypatch.setitem(sys.modules, "other_library", library)
+    problem = random_problem(
+        0, 2, np.float32, batch=2, with_offset=True, with_mask=True, with_bias=True, special=False
+    )
+    foreign = emulated_gpu.through(
+        lambda array: Foreign(emulated_gpu.on_gpu(array)), lambda result: result.memory.get()
+    )
+    assert np.array_equal(problem.forward(foreign), problem.forward(emulated_gpu))
+    for one, other in zip(problem.backward(foreign), problem.backward(emulated_gpu), strict=True):
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("block", range(40))

@@ -21,7 +21,7 @@ SOURCES = ROOT / "src"
 # What each module may import of the package, inside functions too but not for types. The commands, and
 # __main__, may import all.
 MAY_IMPORT = {
-    "dcn_np": {"backends", "cpu", "deform_conv", "feature_mimic", "roi_pool", "threads"},
+    "dcn_np": {"_requirements", "backends", "cpu", "deform_conv", "feature_mimic", "roi_pool", "threads"},
     "deform_conv": {"arrays", "backends", "docstrings", "geometry"},
     "roi_pool": {"arrays", "backends", "docstrings", "geometry", "roi_geometry"},
     "feature_mimic": {"arrays", "backends", "docstrings", "messages"},
@@ -29,9 +29,10 @@ MAY_IMPORT = {
     "roi_geometry": {"geometry", "messages"},
     "arrays": {"_dlpack", "messages"},
     "geometry": {"messages"},
+    "_requirements": set(),
     "messages": set(),
     "backends": {"cpu", "cuda"},
-    "cpu": {"backends", "cpu._native", "cpu._openmp", "geometry", "roi_geometry", "threads"},
+    "cpu": {"_requirements", "backends", "cpu._native", "cpu._openmp", "geometry", "roi_geometry", "threads"},
     "cuda": {"backends", "cuda.device", "cuda.engine", "cuda.regions", "geometry", "roi_geometry"},
     "cuda.copying": {"cuda.launching", "cuda.modules"},
     "cuda.device": {"cuda.launching", "cuda.modules"},
@@ -58,26 +59,30 @@ MAY_IMPORT = {
     "layers": {"_layer", "_roi_layers", "arrays", "checkpoints", "deform_conv", "geometry", "messages"},
     "analysis": {
         *("analysis.nodes", "analysis.offset_statistics", "analysis.receptive_field", "analysis.saliency"),
-        *("analysis.sampling", "analysis.strength", "analysis.views"),
+        *("analysis.regions", "analysis.sampling", "analysis.strength", "analysis.views"),
     },
     "analysis.arguments": {"arrays", "messages"},
     "analysis.nodes": {
-        *("analysis.arguments", "analysis.sampling", "analysis.strength", "arrays", "feature_mimic"),
-        *("geometry", "messages"),
+        *("analysis.arguments", "analysis.regions", "analysis.sampling", "analysis.strength", "arrays"),
+        *("feature_mimic", "geometry", "messages"),
     },
     "analysis.offset_statistics": {"analysis.sampling", "messages"},
     "analysis.plot": {"analysis.views", "messages"},
     "analysis.receptive_field": {"analysis.arguments", "messages"},
     "analysis.saliency": {"analysis.arguments", "geometry", "messages"},
     "analysis.sampling": {"arrays", "backends", "geometry", "messages"},
-    "analysis.strength": {
-        *("analysis.arguments", "arrays", "backends", "deform_conv", "docstrings", "geometry"),
+    "analysis.regions": {
+        *("analysis.arguments", "analysis.strength", "backends", "docstrings", "geometry"),
         *("roi_geometry", "roi_pool"),
     },
-    "analysis.torch": {"analysis.nodes", "analysis.sampling", "analysis.strength", "arrays", "messages"},
+    "analysis.strength": {"analysis.arguments", "deform_conv", "docstrings"},
+    "analysis.torch": {
+        *("analysis.nodes", "analysis.regions", "analysis.sampling", "analysis.strength", "arrays"),
+        *("messages", "roi_pool"),
+    },
     "analysis.views": {
         *("analysis.arguments", "analysis.nodes", "analysis.receptive_field", "analysis.saliency"),
-        *("analysis.sampling", "geometry", "messages"),
+        *("analysis.regions", "analysis.sampling", "geometry", "messages"),
     },
     "pth": {"messages"},
     "cgroup": set(),

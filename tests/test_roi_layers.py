@@ -36,10 +36,13 @@ def keys_of(kind, separator="."):
     ]
 
 
+def options_of(kind):
+    return {"hidden_channels": 5, "dtype": np.float64} | SIZES | KINDS[kind][1]
+
+
 def built(kind, rng, **given):
     """A layer whose last weights are no zeros, so that bins move and masks differ."""
-    layer, options = KINDS[kind]
-    made = layer(4, **{"hidden_channels": 5, "dtype": np.float64} | SIZES | options | given)
+    made = KINDS[kind][0](4, **options_of(kind) | given)
     for parameter in made.parameters().values():
         parameter[:] = rng.normal(0, 0.4, parameter.shape)
     return made
@@ -198,6 +201,15 @@ def test_backward_needs_a_forward():
         DeformRoIPool(1, 1, hidden_channels=1).backward(np.ones((1, 1, 1, 1), np.float32))
 
 
+@EACH
+def test_a_layer_tells_what_it_pooled_by(kind):
+    rng = np.random.default_rng(8)
+    layer, (x, rois) = built(kind, rng), problem(rng)
+    y = layer.forward(x, rois)
+    np.testing.assert_array_equal(layer._pool(x, rois, *layer.last_branch()), y)
+    assert not np.array_equal(layer._pool(x, rois, None, None), y)
+
+
 @pytest.mark.parametrize("kind", BRANCHES)
 def test_a_layer_learns_where_to_look(kind):
     """The target is what lies beside the regions: bins that move can find it, regular ones cannot."""
@@ -334,6 +346,8 @@ def test_a_state_dict_makes_an_equal_layer(kind, tmp_path):
     check_equal(state, first.state_dict())
     second.load_state_dict(state)
     np.testing.assert_array_equal(first.forward(x, rois), second.forward(x, rois))
+    third = type(first).from_state_dict(state, 4, **options_of(kind))
+    np.testing.assert_array_equal(first.forward(x, rois), third.forward(x, rois))
 
 
 def test_a_state_of_another_form_is_named():

@@ -33,6 +33,28 @@ def module():
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(),
                          dcn_np.torch.ModulatedDeformConv2d(4, 6, 3, padding=1))
 
+def head():
+    pool = layers.ModulatedDeformRoIPool(4, (2, 3), 0.5, 2, 0.2, hidden_channels=5, rng=2)
+    pool.offset_mask_fc_4_bias[:] = [0.4, -0.2] * 9
+    return {"conv1": layers.Conv2d(3, 4, 3, stride=2, padding=1, rng=0), "pool": pool,
+            "fc": layers.Conv2d(4, 6, (2, 3), rng=1)}
+
+def torch_head():
+    from torch import nn
+    import dcn_np.torch
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+            self.pool = dcn_np.torch.DeformRoIPool(4, (2, 3), 0.5, 2, 0.2, hidden_channels=5)
+            self.fc = nn.Linear(24, 6)
+
+        def forward(self, x, rois):
+            return self.fc(self.pool(self.conv(x), rois).flatten(1))
+
+    return Head()
+
 def flat():
     return [analysis.ReLU()]
 
@@ -126,6 +148,38 @@ def test_nodes_by_pixels_and_boxes(folder):
     assert len(box["sampling"]["positions"]) == 2 * 3 * 9
 
 
+def test_a_box_is_a_region_of_a_head(folder, capsys):
+    factory = ["image.npy", "--factory", "see_factories:head"]
+    assert saw(*factory, "--box", 2, 3, 8, 12, "--box", 0, 0, 11, 15) == 0
+    node, whole = written(folder)["nodes"]
+    sys.path.insert(0, str(folder))
+    stages = importlib.import_module("see_factories").head()
+    sys.path.remove(str(folder))
+    rois = np.array([[0, 3.0, 2, 13, 9]])
+    of_node = analysis.of_layers(stages, analysis.Node(), rois)
+    view = analysis.view_node(of_node, np.load("image.npy"), relaxed_steps=3)
+    assert node["region"] == view.box.tolist() == [1.5, 2.5, 8.5, 12.5]
+    assert (node["position"], node["place"]) == (None, [5, 7.5])
+    assert (node["sampling"]["layer"], node["title"]) == ("pool", "head at (2, 3) to (8, 12)")
+    np.testing.assert_allclose(node["sampling"]["positions"], view.positions)
+    np.testing.assert_allclose(node["sampling"]["modulation"], view.modulation)
+    np.testing.assert_allclose(node["sampling"]["strength"], view.strength)
+    assert node["response"] == pytest.approx(view.field.responses[0])
+    assert whole["region"] == [-0.5, -0.5, 11.5, 15.5]
+    # Below the pooling a box is that of positions, as in a network without a head.
+    assert saw(*factory, "--layer", "conv1", "--box", 2, 3, 8, 12) == 0
+    (node,) = written(folder)["nodes"]
+    assert (node["region"], node["position"]) == (None, [[1, 5], [2, 7]])
+    assert saw(*factory, "--pixel", 3, 4) == 1
+    assert "the network has a node for each region: wanted --box Y0 X0 Y1 X1" in capsys.readouterr().err
+
+
+def test_the_stage_whose_samples_are_drawn_is_named_by_its_number(folder):
+    assert saw("image.npy", "--factory", "see_factories:few", "--sampling", "0", "--pixel", 4, 4) == 0
+    (node,) = written(folder)["nodes"]
+    assert node["sampling"]["layer"] == 0
+
+
 def test_a_grey_picture_is_seen_by_a_network_of_colours(folder):
     from matplotlib.image import imsave
 
@@ -157,6 +211,19 @@ def test_a_module_of_torch_with_its_checkpoint(folder):
     assert node["response"] == pytest.approx(features.norm().item(), rel=1e-4)
     torch.save({"2.weight": module[2].weight.detach()}, folder / "few.pth")
     assert saw("image.npy", "--factory", "see_factories:module", "--weights", "few.pth") == 1
+
+
+@needs_torch
+def test_a_box_is_a_region_of_a_head_of_torch(folder):
+    factory = ["image.npy", "--factory", "see_factories:torch_head"]
+    assert saw(*factory, "--box", 2, 3, 8, 12) == 0
+    (node,) = written(folder)["nodes"]
+    assert node["region"] == [1.5, 2.5, 8.5, 12.5]
+    regular = analysis.SampledRegions(np.array([[0, 3.0, 2, 13, 9]]), (2, 3), 0.5)
+    np.testing.assert_allclose(node["sampling"]["positions"], regular.positions[0].reshape(2, 6).T)
+    assert saw(*factory, "--layer", "conv", "--box", 2, 3, 8, 12) == 0
+    (node,) = written(folder)["nodes"]
+    assert (node["region"], node["position"]) == (None, [[1, 5], [2, 7]])
 
 
 def test_numbers_that_are_not_finite_are_null():

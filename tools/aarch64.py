@@ -24,7 +24,7 @@ TOOLS = ["g++-aarch64-linux-gnu", "qemu-user-static"]
 THERE = ("libc6_", "libc-bin_")
 SYSTEM = ["python3.11-minimal", "libpython3.11-stdlib", "libpython3.11-dev", "libgomp1", "libstdc++6"]
 PACKAGES = ["numpy", "ml_dtypes", "pytest", "hypothesis"]
-PLATFORMS = [f"manylinux_2_{minor}_aarch64" for minor in (17, 27, 28)] + ["manylinux2014_aarch64"]
+GLIBC_MINORS = range(17, 37)  # up to Debian 12's
 
 # Tests that need neither a compiler nor a process of their own, which QEMU would have to be asked for; the
 # reference, which is NumPy alone, is tested elsewhere.
@@ -39,7 +39,7 @@ def unpack(packages, folder, architecture=None, without=()):
     if folder.exists():
         return
     if not shutil.which("apt-get"):
-        raise SystemExit("aarch64: apt-get is needed, which downloads Debian's cross compiler")
+        raise SystemExit("apt-get is needed, which downloads Debian's packages")
     with tempfile.TemporaryDirectory() as temporary:
         apt = ["apt-get", "-qq", "-o", f"Dir::State={temporary}", "-o", f"Dir::Cache={temporary}"]
         apt += ["-o", "Dir::State::status=/dev/null", "-o", "Debug::NoLocking=1"]
@@ -113,10 +113,17 @@ def test(*arguments):
         options = [option for name, value in emulated.items() for option in ("-E", f"{name}={value}")]
         emulator = tools() / "usr/bin/qemu-aarch64-static"
         command = [emulator, *options, "-L", system(), system() / "usr/bin/python3.11"]
-        run(*command, "-m", "dcn_np", "doctor", cwd=folder)
         wanted = arguments or [f"tests/{name}" for name in TESTS]
         pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=quick"]
         run(*command, *pytest, "-k", f"not ({LEFT_OUT})", *wanted, cwd=folder)
+
+
+def pip(command, machine, version="3.11"):
+    """Return the beginning of a command of pip for a Python on Debian 12, which need not be this one."""
+    tags = [f"manylinux_2_{minor}_{machine}" for minor in GLIBC_MINORS] + [f"manylinux2014_{machine}"]
+    platforms = [option for tag in tags for option in ("--platform", tag)]
+    start = sys.executable, "-m", "pip", command, "--quiet", "--disable-pip-version-check"
+    return *start, "--python-version", version, "--only-binary", ":all:", *platforms
 
 
 def site(path):
@@ -126,12 +133,7 @@ def site(path):
         partial = packages.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         with tempfile.TemporaryDirectory() as folder:
-            platforms = [option for name in PLATFORMS for option in ("--platform", name)]
-            run(
-                *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
-                *("--python-version", "3.11", "--only-binary", ":all:", *platforms, "--dest", folder),
-                *PACKAGES,
-            )
+            run(*pip("download", "aarch64"), "--dest", folder, *PACKAGES)
             for package in Path(folder).glob("*.whl"):
                 zipfile.ZipFile(package).extractall(partial)
         partial.rename(packages)

@@ -8,9 +8,10 @@ they find, with matplotlib.
 from .nodes import GlobalAveragePool, LayersNode, Node, NodeFunction, ReLU, of_layers
 from .offset_statistics import OffsetRecord, offset_statistics, offset_table
 from .receptive_field import ReceptiveField, effective_receptive_field
+from .regions import SampledRegions, bin_positions, effective_bins
 from .saliency import SaliencyStep, SalientRegion, error_bounded_saliency
 from .sampling import SampledLayer, SamplingTrace, sampling_positions, trace_sampling
-from .strength import bin_positions, effective_bins, effective_sampling
+from .strength import effective_sampling
 from .views import NodeView, view_node
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "SaliencyStep",
     "SalientRegion",
     "SampledLayer",
+    "SampledRegions",
     "SamplingTrace",
     "bin_positions",
     "effective_bins",

@@ -27,6 +27,11 @@ def norm_over(values: Array, norm: float, axis: int) -> Array:
     return found
 
 
+def all_on_host(**arrays: Any) -> tuple[Any, ...]:
+    """Return arrays as NumPy's, and None where there is none."""
+    return tuple(None if array is None else on_host(name, array) for name, array in arrays.items())
+
+
 def checked_image(name: str, value: Any) -> Array:
     """Return an image (channels, *spatial) of finite floating-point numbers."""
     image = on_host(name, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy
@@ -15,6 +15,7 @@ from ..feature_mimic import feature_mimic_loss, feature_mimic_loss_backward
 from ..geometry import checked_integers
 from ..messages import shown
 from .arguments import ValueAndGrad
+from .regions import SampledRegions, effective_bins
 from .sampling import SampledLayer
 from .strength import effective_sampling
 
@@ -204,8 +205,12 @@ class NodeFunction(ABC):
 class Stage(Protocol):
     """A step of a network: a layer of `dcn_np.layers`, `ReLU`, or whatever has the same two methods."""
 
-    def forward(self, x: Any) -> Any:
-        """Return the output for (items, channels, *spatial), and keep what `backward` needs."""
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """Takes (items, channels, *spatial), returns the output, and keeps what `backward` needs.
+
+        A pooling over regions, which has a `spatial_scale`, takes the regions too, shape (R, 5).
+        """
 
     def backward(self, grad_output: Any) -> Any:
         """Return the gradient by the input of the last `forward`."""
@@ -292,36 +297,48 @@ class LayersNode(NodeFunction):
         What is applied one after the other, up to the layer of the node.
     node : Node
         Which numbers of its output.
+    rois : numpy.ndarray, shape (R, 5), or None
+        What poolings over regions are given.
     """
 
-    def __init__(self, stages: Mapping[str | int, Any], node: Node) -> None:
+    def __init__(self, stages: Mapping[str | int, Any], node: Node, rois: Array | None = None) -> None:
         self.node = node
-        self._stages = stages
+        self._stages: Mapping[str | int, Any] = stages
+        self._rois: Any = rois
 
     def forward(self, image: Array) -> Array:
         x = image[None]
-        self._inputs: list[Array] = []
-        for stage in self._stages.values():
-            self._inputs.append(x)
-            x = stage.forward(x)
+        self._inputs: dict[str | int, Array] = {}
+        for name, stage in self._stages.items():
+            self._inputs[name] = x
+            x = stage.forward(x, self._rois.astype(x.dtype)) if _pools(stage) else stage.forward(x)
         self._output = x
         features: Array = x[self.node.within(x.shape)]
         return features
 
     def backward(self, grad_features: Array) -> Array:
-        by_image: Array = self._gradients(grad_features)[0][0]
+        by_image: Array = self._gradients(grad_features)[0]
         return by_image
 
     forward.__doc__, backward.__doc__ = NodeFunction.forward.__doc__, NodeFunction.backward.__doc__
 
-    def _gradients(self, grad_features: Array) -> list[Array]:
-        """Return the gradients by the input of the first stage, and by the output of each."""
+    def _gradients(self, grad_features: Array) -> tuple[Array, dict[str | int, Array]]:
+        """Return the gradients by the image, and by the output of each stage."""
         grad = numpy.zeros_like(self._output)
         grad[self.node.within(grad.shape)] = grad_features
-        gradients = [grad]
-        for stage in reversed(list(self._stages.values())):
-            gradients.append(stage.backward(gradients[-1]))
-        return gradients[::-1]
+        by_output: dict[str | int, Array] = {}
+        for name, stage in reversed(list(self._stages.items())):
+            by_output[name] = grad
+            grad = stage.backward(grad)
+        return grad[0], by_output
+
+    def _sampling(self) -> Iterator[tuple[str | int, Any]]:
+        """Yield the stages that sample the image's maps, by name: up to the first pooling over regions."""
+        for name, stage in self._stages.items():
+            if hasattr(stage, "last_branch"):
+                yield name, stage
+            if _pools(stage):
+                return
 
     def sampled_layers(self, image: Any) -> dict[str | int, SampledLayer]:
         """Tell how each convolution reads its input for an image.
@@ -335,14 +352,15 @@ class LayersNode(NodeFunction):
         -------
         dict
             By the name or number of the layer, from the image to the node: what `trace_sampling` and
-            `offset_statistics` take.
+            `offset_statistics` take. What lies above a pooling over regions reads no map of the image, and is
+            left out.
         """
         self.forward(on_host("image", image))
         found: dict[str | int, SampledLayer] = {}
-        scale = numpy.ones(len(self._inputs[0].shape) - 2)
-        for (name, stage), x in zip(self._stages.items(), self._inputs, strict=True):
-            if hasattr(stage, "branch"):
-                offset, mask = stage.branch(x)
+        scale = numpy.ones(self._inputs[next(iter(self._stages))].ndim - 2)
+        for name, stage in self._sampling():
+            if not _pools(stage):
+                x, (offset, mask) = self._inputs[name], stage.last_branch()
                 window = stage.kernel_size, stage.stride, stage.padding, stage.dilation
                 found[name] = SampledLayer(
                     x.shape[2:], *window, offset, mask, stage.offset_groups, scale=tuple(scale.tolist())
@@ -350,8 +368,30 @@ class LayersNode(NodeFunction):
                 scale = scale * stage.stride
         return found
 
+    def sampled_regions(self, image: Any) -> dict[str | int, SampledRegions]:
+        """Tell how the pooling over regions below the node reads its map for an image.
+
+        Parameters
+        ----------
+        image : array, shape (channels, *spatial)
+            The image.
+
+        Returns
+        -------
+        dict
+            By the name or number of the layer; empty where there is no pooling over regions.
+        """
+        self.forward(on_host("image", image))
+        found: dict[str | int, SampledRegions] = {}
+        for name, stage in self._sampling():
+            if _pools(stage):
+                sizes, (offset, mask) = (stage.output_size, stage.spatial_scale), stage.last_branch()
+                moved = offset, mask, stage.gamma, stage.position_sensitive
+                found[name] = SampledRegions(self._rois, *sizes, *moved)
+        return found
+
     def strengths(self, image: Any, *, norm: float = 2) -> dict[str | int, Array]:
-        """Tell how much each sampling location of each convolution counts for the node's response.
+        """Tell how much each location that a convolution or pooling samples counts for the node's response.
 
         Parameters
         ----------
@@ -363,20 +403,31 @@ class LayersNode(NodeFunction):
         Returns
         -------
         dict
-            By the name or number of the layer what `effective_sampling` returns.
+            By the name or number of the layer what `effective_sampling` returns, of a pooling over regions
+            what `effective_bins` does; up to that pooling.
         """
         _, direction = self._response(self.forward(on_host("image", image)))
-        found: dict[str | int, Array] = {}
-        gradients = self._gradients(direction)
-        for (name, stage), x, grad in zip(self._stages.items(), self._inputs, gradients[1:], strict=True):
-            if hasattr(stage, "branch"):
-                window = stage.stride, stage.padding, stage.dilation, stage.groups, stage.offset_groups
-                offset, mask = stage.branch(x)
-                found[name] = effective_sampling(grad, x, offset, mask, stage.weight, *window, norm=norm)
-        return found
+        _, gradients = self._gradients(direction)
+        return {name: self._strength(name, gradients[name], norm) for name, _ in self._sampling()}
+
+    def _strength(self, name: str | int, grad: Array, norm: float) -> Array:
+        stage, x = self._stages[name], self._inputs[name]
+        offset, mask = stage.last_branch()
+        if not _pools(stage):
+            window = stage.stride, stage.padding, stage.dilation, stage.groups, stage.offset_groups
+            return effective_sampling(grad, x, offset, mask, stage.weight, *window, norm=norm)
+        sizes = stage.output_size, stage.spatial_scale, stage.sampling_ratio, stage.gamma
+        by_rule_p = stage.position_sensitive
+        rois = self._rois.astype(x.dtype)
+        return effective_bins(grad, x, rois, offset, mask, *sizes, position_sensitive=by_rule_p, norm=norm)
 
 
-def of_layers(network: Mapping[str, Stage] | Sequence[Stage], node: Node) -> LayersNode:
+def _pools(stage: Any) -> bool:
+    """Tell whether a stage pools over regions, which its `forward` is then given."""
+    return hasattr(stage, "spatial_scale")
+
+
+def of_layers(network: Mapping[str, Stage] | Sequence[Stage], node: Node, rois: Any = None) -> LayersNode:
     """Make a function of the image of a node of a network of `dcn_np.layers`.
 
     Parameters
@@ -386,7 +437,10 @@ def of_layers(network: Mapping[str, Stage] | Sequence[Stage], node: Node) -> Lay
         `GlobalAveragePool`, or other objects with their `forward` and `backward`.
     node : Node
         Which of its numbers. `node.layer` is a key of the mapping or an index into the sequence; what comes
-        after that layer is not computed.
+        after that layer is not computed. Above a pooling over regions `node.item` is the region.
+    rois : array, shape (R, 5), or None
+        What poolings over regions are given, `dcn_np.layers.DeformRoIPool` for one: 0, x1, y1, x2, y2 of each
+        region, in pixels of the image times 1 / spatial_scale of the map.
 
     Returns
     -------
@@ -398,7 +452,7 @@ def of_layers(network: Mapping[str, Stage] | Sequence[Stage], node: Node) -> Lay
     TypeError
         A stage without `forward` and `backward`.
     ValueError
-        There is no such layer.
+        There is no such layer, or there are no `rois` for a pooling over regions below it.
 
     See Also
     --------
@@ -426,5 +480,10 @@ def of_layers(network: Mapping[str, Stage] | Sequence[Stage], node: Node) -> Lay
     last = (names[-1] if names else None) if node.layer is None else node.layer
     if last not in stages:
         raise ValueError(f"node.layer is {shown(node.layer)}; the network has {names}")
-    kept = names[: names.index(last) + 1]
-    return LayersNode({name: stages[name] for name in kept}, node)
+    kept = {name: stages[name] for name in names[: names.index(last) + 1]}
+    pooling = next((name for name, stage in kept.items() if _pools(stage)), None)
+    if pooling is not None and rois is None:
+        raise ValueError(
+            f"rois is None; network[{pooling!r}] pools over regions: wanted theirs, shape (R, 5)"
+        )
+    return LayersNode(kept, node, None if rois is None else on_host("rois", rois))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy
 from numpy.typing import NDArray
 
-from ..messages import shown
+from ..messages import count, shown
 from .sampling import SampledLayer, sampling_positions
 
 Array: TypeAlias = NDArray[Any]
+
+ELSEWHERE = "elsewhere"
 
 
 class OffsetRecord(NamedTuple):
@@ -42,6 +45,8 @@ class OffsetRecord(NamedTuple):
         The mean mask; None where there are no masks.
     near_zero : float or None
         The part of the masks whose size is below the threshold; None where there are no masks.
+    where : str or None
+        Which of the `places` the samples are of; None for all positions.
     """
 
     name: str
@@ -57,6 +62,7 @@ class OffsetRecord(NamedTuple):
     not_finite: float
     mask_mean: float | None
     near_zero: float | None
+    where: str | None = None
 
 
 def offset_statistics(
@@ -64,6 +70,7 @@ def offset_statistics(
     *,
     stages: Mapping[Any, str] | None = None,
     threshold: float = 0.05,
+    places: Mapping[str, Any] | None = None,
 ) -> list[OffsetRecord]:
     """Measure the offsets and masks of the layers of a network.
 
@@ -77,21 +84,38 @@ def offset_statistics(
         "layer2.0.conv2" is of the stage "layer2", "conv4" of none.
     threshold : float
         Masks of a size below it count as near 0.
+    places : mapping of str to array_like, shape (boxes, 4), or None
+        Boxes y1, x1, y2, x2 by a name, such as "small" and "large" for the objects of an image by their
+        scale: borders in pixels of the image, as `NodeView.box` has them. Samples count for a name if their
+        output position lies in one of its boxes; those that lie in none are "elsewhere".
 
     Returns
     -------
     list of OffsetRecord
-        The layers in their order, then the stages. Each record is a tuple with names, so that the list is a
-        table: ``pandas.DataFrame(records)`` has its columns.
+        The layers in their order, then the stages; each followed by the same of each of the `places` that has
+        samples. Each record is a tuple with names, so that the list is a table: ``pandas.DataFrame(records)``
+        has its columns.
 
     Raises
     ------
     TypeError
         A layer that is no `SampledLayer`.
+    ValueError
+        Boxes of another shape, or an empty one.
 
     See Also
     --------
     offset_table : The same as text.
+
+    Notes
+    -----
+    An output position p of a layer is taken to lie at ``scale * stride * p`` of the image, as `view_node`
+    takes it. Effective dilations of small, medium and large objects and of the background are Table 2 of
+    [1]_.
+
+    References
+    ----------
+    .. [1] Dai et al., "Deformable Convolutional Networks", 2017, arXiv:1703.06211.
 
     Examples
     --------
@@ -104,20 +128,26 @@ def offset_statistics(
     >>> record.mean, record.in_image, record.dilation, record.outside
     (3.0, 12.0, 1.0, 0.4270833333333333)
     """
-    measured: dict[str, _Samples] = {}
-    by_stage: dict[str, list[_Samples]] = {}
+    chosen = _checked_places(places)
+    measured: dict[str, _Group] = {}
+    by_stage: dict[str, list[_Group]] = {}
     for name, layer in layers.items():
         if not isinstance(layer, SampledLayer):
             raise TypeError(f"layers[{name!r}] is {shown(layer)}; wanted a SampledLayer")
         if layer.offset is None and layer.mask is None:
             continue
-        found = measured[str(name)] = _Samples.of(layer)
+        found = measured[str(name)] = _samples(layer, chosen)
         before, dot, _ = str(name).partition(".")
         stage = (before if dot else None) if stages is None else stages.get(name)
         if stage is not None:
             by_stage.setdefault(stage, []).append(found)
-    records = [_record(name, [samples], threshold) for name, samples in measured.items()]
-    return records + [_record(name, samples, threshold) for name, samples in by_stage.items()]
+    groups = [(name, [found]) for name, found in measured.items()] + list(by_stage.items())
+    return [
+        _record(name, [group[where] for group in together if where in group], threshold, where)
+        for name, together in groups
+        for where in (None, *chosen, ELSEWHERE)
+        if any(where in group for group in together)
+    ]
 
 
 def offset_table(records: Sequence[OffsetRecord]) -> str:
@@ -156,7 +186,8 @@ def offset_table(records: Sequence[OffsetRecord]) -> str:
         mask = "–" if record.mask_mean is None else f"{record.mask_mean:.2f}"
         shares = (record.outside, record.near_zero)
         outside, near_zero = ("–" if share is None else f"{100 * share:.1f} %" for share in shares)
-        cells = (record.name, *(f"{length:.2g}" for length in lengths), outside, mask, near_zero)
+        name = record.name if record.where is None else f"{record.name}, {record.where}"
+        cells = (name, *(f"{length:.2g}" for length in lengths), outside, mask, near_zero)
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -164,8 +195,24 @@ def offset_table(records: Sequence[OffsetRecord]) -> str:
     )
 
 
+def _checked_places(places: Mapping[str, Any] | None) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    for name, given in (places or {}).items():
+        if not isinstance(name, str) or name == ELSEWHERE:
+            raise ValueError(f"places has the name {shown(name)}; wanted strings other than {ELSEWHERE!r}")
+        boxes = found[name] = numpy.asarray(given, numpy.float64)
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise ValueError(f"places[{name!r}] has shape {boxes.shape}; wanted (boxes, 4): y1, x1, y2, x2")
+        if not (boxes[:, :2] < boxes[:, 2:]).all():
+            first = int((boxes[:, :2] < boxes[:, 2:]).all(axis=1).argmin())
+            raise ValueError(
+                f"places[{name!r}][{first}] is {boxes[first].tolist()}, an empty box; wanted y1 < y2, x1 < x2"
+            )
+    return found
+
+
 class _Samples(NamedTuple):
-    """All samples of a layer, flat."""
+    """Samples of a layer, flat."""
 
     lengths: Array
     in_image: Array
@@ -175,28 +222,53 @@ class _Samples(NamedTuple):
     masks: Array
 
     @staticmethod
-    def of(layer: SampledLayer) -> _Samples:
+    def of(layer: SampledLayer, where: Any) -> _Samples:
+        """Return the samples of the output positions at an index into all of them, in one row."""
         geometry = layer.geometry
         batch, ndim, taps = geometry.batch, geometry.ndim, geometry.taps
         shape = (batch, geometry.offset_groups, taps, ndim, *geometry.output)
         offset = numpy.zeros(shape) if layer.offset is None else layer.offset.reshape(shape)
-        components = numpy.moveaxis(offset, 3, 0).astype(numpy.float64)
-        finite = numpy.isfinite(components).all(axis=0)
         window = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.offset_groups
-        channels = offset.reshape(batch, -1, *geometry.output)
-        positions = numpy.moveaxis(sampling_positions(channels, *window), 3, 0)
+        positions = sampling_positions(offset.reshape(batch, -1, *geometry.output), *window)
+        components, positions = (
+            numpy.moveaxis(array.reshape(*shape[:4], -1)[..., where], 3, 0).astype(numpy.float64)
+            for array in (offset, positions)
+        )
+        finite = numpy.isfinite(components).all(axis=0)
         extents = numpy.array(geometry.input).reshape(-1, *[1] * (positions.ndim - 1))
         reads_nothing = ((positions <= -1) | (positions >= extents)).any(axis=0)
         scale = numpy.broadcast_to(layer.scale, (ndim,)).reshape(extents.shape)
-        masks = numpy.zeros(0) if layer.mask is None else layer.mask.astype(numpy.float64)
+        masks = numpy.zeros(0)
+        if layer.mask is not None:
+            masks = layer.mask.reshape(batch, -1, math.prod(geometry.output))[..., where]
         return _Samples(
             numpy.linalg.norm(components, axis=0)[finite],
             numpy.linalg.norm(components * scale, axis=0)[finite],
             _neighbours(positions, geometry.kernel),
             (reads_nothing & ~numpy.isnan(positions).any(axis=0)).reshape(-1),
             finite.reshape(-1),
-            masks.reshape(-1),
+            masks.astype(numpy.float64).reshape(-1),
         )
+
+
+# The samples of a layer by the place that they are of; None has all of them.
+_Group: TypeAlias = dict[str | None, _Samples]
+
+
+def _samples(layer: SampledLayer, places: Mapping[str, Array]) -> _Group:
+    found: _Group = {None: _Samples.of(layer, slice(None))}
+    if not places:
+        return found
+    output = layer.geometry.output
+    if len(output) != 2:
+        raise ValueError(f"places is given for a layer with {count(len(output), 'spatial axis')}; wanted 2")
+    points = (numpy.indices(output).reshape(2, -1).T * layer.geometry.stride) * layer.scale
+    inside = {
+        name: ((boxes[:, None, :2] <= points) & (points < boxes[:, None, 2:])).all(axis=2).any(axis=0)
+        for name, boxes in places.items()
+    }
+    inside[ELSEWHERE] = ~numpy.any(list(inside.values()), axis=0)
+    return found | {name: _Samples.of(layer, where) for name, where in inside.items() if where.any()}
 
 
 def _neighbours(positions: Array, kernel: Sequence[int]) -> Array:
@@ -209,7 +281,7 @@ def _neighbours(positions: Array, kernel: Sequence[int]) -> Array:
     return found
 
 
-def _record(name: str, samples: Sequence[_Samples], threshold: float) -> OffsetRecord:
+def _record(name: str, samples: Sequence[_Samples], threshold: float, where: str | None) -> OffsetRecord:
     together = _Samples(*map(numpy.concatenate, zip(*samples, strict=True)))
     lengths = together.lengths if together.lengths.size else numpy.array([numpy.nan])
     masks = together.masks
@@ -227,6 +299,7 @@ def _record(name: str, samples: Sequence[_Samples], threshold: float) -> OffsetR
         1 - _mean(together.finite),
         _mean(masks) if masks.size else None,
         _mean(numpy.abs(masks) < threshold) if masks.size else None,
+        where,
     )
 
 

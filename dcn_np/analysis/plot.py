@@ -15,6 +15,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from ..messages import shown
@@ -26,6 +27,7 @@ __all__ = [
     "label_pixels",
     "new_figure",
     "new_sheet",
+    "outlined_box",
     "receptive_field",
     "salient_region",
     "sampling_points",
@@ -42,8 +44,10 @@ AREA = 70.0  # square points, of a marker with modulation 1
 IN_SHEET = 0.3  # of a marker's area, where panels are small
 VEIL = 0.75  # of white over what is removed
 OUTSIDE = "#C8D6E5"  # pale blue: no image that is drawn in greys has it
-PANEL = 2.1  # inches
+PANEL, ROW_TITLE = 2.1, 0.2  # inches
+LEAST_SHAPE = 0.3  # of a panel, whose labels need some room
 ROWS = "sampling points\n(area: modulation)", "effective\nreceptive field", "saliency region"
+OF_REGIONS = "bins of the region\n(area: modulation)"  # the first of them, where all nodes are of regions
 
 # ---- figures
 
@@ -73,7 +77,7 @@ def new_figure(width: float, height: float, title: str = "", *, dpi: float = 110
     return figure
 
 
-def new_sheet(columns: int, title: str = "") -> Array:
+def new_sheet(columns: int, title: str = "", shape: float = 1.0) -> Array:
     """Make the axes of a sheet, large enough to be read in print.
 
     Parameters
@@ -82,13 +86,16 @@ def new_sheet(columns: int, title: str = "") -> Array:
         How many nodes.
     title : str
         Written above all.
+    shape : float
+        Height over width of what is drawn: with that of the image no paper stays empty.
 
     Returns
     -------
     numpy.ndarray of matplotlib.axes.Axes, shape (3, columns)
         What `sheet` takes; ``axes[0, 0].figure`` is the figure, of 200 pixels to the inch.
     """
-    figure = new_figure(PANEL * columns + 1.2, PANEL * len(ROWS) + 0.6, title, dpi=200, size=10)
+    height = PANEL * min(max(shape, LEAST_SHAPE), 1 / LEAST_SHAPE) + ROW_TITLE
+    figure = new_figure(PANEL * columns + 1.2, height * len(ROWS) + 0.6, title, dpi=200, size=10)
     axes: Array = figure.subplots(len(ROWS), columns, squeeze=False, sharex=True, sharey=True)
     return axes
 
@@ -260,6 +267,37 @@ def salient_region(axes: Any, mask: Any) -> Any:
     return axes
 
 
+def outlined_box(axes: Any, box: Any) -> Any:
+    """Outline a region of the image.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Where it is drawn, such as upon `show_image`.
+    box : array_like, shape (4,)
+        Its borders y1, x1, y2, x2 in pixels: `NodeView.box`.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        The same.
+
+    Raises
+    ------
+    ValueError
+        Not four numbers.
+    """
+    borders = numpy.asarray(box, numpy.float64)
+    if borders.shape != (4,):
+        raise ValueError(f"box has shape {borders.shape}; wanted (4,): y1, x1, y2, x2")
+    y, x, height, width = *borders[:2], *(borders[2:] - borders[:2])
+    for colour, line in ((BLACK, 1.8), (YELLOW, 0.8)):
+        frame = Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=line)
+        frame.set_snap(False)  # both lines would else be moved to whole pixels, each by itself
+        axes.add_patch(frame)
+    return axes
+
+
 def _per_point(name: str, values: Any, positions: Array) -> Array:
     values = numpy.asarray(values, numpy.float64)
     if values.ndim and values.shape != positions.shape[:1]:
@@ -310,8 +348,8 @@ def sheet(axes: Any, views: Sequence[NodeView], titles: Sequence[str] | None = N
 
     Notes
     -----
-    These are the rows of Figure 1 of [1]_. A cross marks the node. Strengths and fields are drawn as parts of
-    the largest of their picture.
+    These are the rows of Figure 1 of [1]_. A cross marks the node, or a frame its region. Strengths and
+    fields are drawn as parts of the largest of their picture.
 
     References
     ----------
@@ -328,7 +366,7 @@ def sheet(axes: Any, views: Sequence[NodeView], titles: Sequence[str] | None = N
     for column, view, title in zip(axes.T, views, titles, strict=True):
         _draw_column(column, view, around)
         column[0].set_title(title, fontsize=10)
-    _label_rows(axes)
+    _label_rows(axes, OF_REGIONS if all(view.box is not None for view in views) else ROWS[0])
     strengths = any(view.strength is not None for view in views)
     for row, colours, label in ((0, STRENGTHS, "strength / largest"), (1, FIELDS, "√(gradient / largest)")):
         if row or strengths:
@@ -347,15 +385,22 @@ def _draw_column(column: Any, view: NodeView, around: float) -> None:
     receptive_field(field, view.field.field)
     salient_region(region, view.region.mask)
     for place in column:
-        place.plot(*view.place[::-1], "x", color=BLACK, markersize=6, markeredgewidth=2.2)
-        place.plot(*view.place[::-1], "x", color=YELLOW, markersize=5, markeredgewidth=1)
+        if view.box is None:
+            _cross(place, view.place)
+        else:
+            outlined_box(place, view.box)
     field.set_title(f"size {view.field.size():.1f} px, spread {view.field.spread():.1f} px", fontsize=8)
-    region.set_title(f"{100 * view.region.area:.1f} % kept, error {view.region.error:.3f}", fontsize=8)
+    region.set_title(f"{100 * view.region.area:.2f} % kept, error {view.region.error:.3f}", fontsize=8)
 
 
-def _label_rows(axes: Any) -> None:
+def _cross(axes: Any, place: Array) -> None:
+    axes.plot(*place[::-1], "x", color=BLACK, markersize=6, markeredgewidth=2.2)
+    axes.plot(*place[::-1], "x", color=YELLOW, markersize=5, markeredgewidth=1)
+
+
+def _label_rows(axes: Any, first: str) -> None:
     """Name the rows, and leave the labels of pixels at the borders of the sheet."""
-    for row, name in zip(axes, ROWS, strict=True):
+    for row, name in zip(axes, (first, *ROWS[1:]), strict=True):
         row[0].set_ylabel(f"{name}\ny (pixels)", fontsize=9)
         for place in row[1:]:
             place.set_ylabel("")
@@ -366,6 +411,9 @@ def _label_rows(axes: Any) -> None:
 def _overshoot(view: NodeView) -> float:
     """Return the pixels around the image in which points lie that count, with some room for them; or 0."""
     counted = view.positions[(view.modulation != 0) & numpy.isfinite(view.positions).all(axis=1)]
+    if view.box is not None:
+        corners = view.box.reshape(2, 2) + numpy.array([[0.5], [-0.5]])  # centres of pixels
+        counted = numpy.concatenate([counted, corners])
     size = numpy.array(view.image.shape[1:])
     beyond = numpy.maximum(-counted, counted - (size - 1)).max(initial=0)
     return float(beyond + 0.05 * size.max()) if beyond > 0 else 0.0

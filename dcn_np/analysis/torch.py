@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ..arrays import on_host
 from ..messages import shown
+from ..roi_pool import modulated_deform_roi_pool
 from .nodes import Node, NodeFunction
+from .regions import SampledRegions, effective_bins
 from .sampling import SampledLayer
 from .strength import effective_sampling
 
@@ -63,11 +65,11 @@ class ModuleNode(NodeFunction):
             self._features = outputs[-1][self.node.within(outputs[-1].shape)]
         if not self._features.requires_grad:
             raise ValueError("the node does not depend on the image; wanted one that does")
-        features: Array = self._array(self._features)
+        features: Array = _array(self._features)
         return features
 
     def backward(self, grad_features: Array) -> Array:
-        by_image: Array = self._array(self._gradients(grad_features, [self._image])[0][0])
+        by_image: Array = _array(self._gradients(grad_features, [self._image])[0][0])
         return by_image
 
     forward.__doc__, backward.__doc__ = NodeFunction.forward.__doc__, NodeFunction.backward.__doc__
@@ -88,10 +90,6 @@ class ModuleNode(NodeFunction):
         )
         return list(found)
 
-    @staticmethod
-    def _array(tensor: Tensor | None) -> Any:
-        return None if tensor is None else tensor.detach().cpu().numpy()
-
     def sampled_layers(self, image: Any) -> dict[str, SampledLayer]:
         """Tell how each convolution and max pooling reads its input for an image.
 
@@ -107,12 +105,16 @@ class ModuleNode(NodeFunction):
             which a chain is what `trace_sampling` takes. Deformable convolutions are those of
             `dcn_np.torch`, and modules with DeformConv in the name of their class that are called with
             (x, offset, mask) or have mmcv's conv_offset and deform_groups. The scale is the size of the image
-            over that of the layer's input. Padding given by name, and poolings that round up, are left out.
+            over that of the layer's input. Padding given by name, and poolings that round up, are left out;
+            so is what is called after a pooling over regions, which reads no map of the image.
         """
         found: dict[str, SampledLayer] = {}
-        image = on_host("image", image)
+        image, pooled = on_host("image", image), []
 
         def read(name: str, layer: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pooled.extend([name] if _pools(layer) else [])
+            if pooled:
+                return
             x = inputs[0]
             with torch.no_grad():
                 offset, mask = _branch(layer, inputs)
@@ -123,18 +125,50 @@ class ModuleNode(NodeFunction):
                 layer.stride,
                 layer.padding,
                 layer.dilation,
-                self._array(offset),
-                self._array(mask),
+                _array(offset),
+                _array(mask),
                 1 if offset is None else _offset_groups(layer, offset),
                 tuple((numpy.array(image.shape[1:]) / size).tolist()),
             )
 
-        with _hooked(_layers_that_sample(self.module, rigid=True), read):
+        with _hooked(_layers_that_sample(self.module, rigid=True) | layers_that_pool(self.module), read):
             self._run(image)
         return found
 
+    def sampled_regions(self, image: Any) -> dict[str, SampledRegions]:
+        """Tell how each pooling over regions below the node reads its map for an image.
+
+        Parameters
+        ----------
+        image : array, shape (channels, *spatial)
+            The image.
+
+        Returns
+        -------
+        dict
+            By the name of the submodule, in the order of their calls, up to the last call of the node's
+            layer. Poolings are those of `dcn_np.torch`; modules with DeformRoIPool in the name of their class
+            that are called with (x, rois, offset, mask) or have mmcv's offset_fc; and those with RoIAlign in
+            it that are aligned. Each has `output_size` and `spatial_scale`.
+        """
+        calls: list[tuple[str, Any, tuple[Any, ...]]] = []
+        layers = layers_that_pool(self.module)
+        if self.node.layer is not None:
+            layers[str(self.node.layer)] = self.module.get_submodule(str(self.node.layer))
+        with _hooked(layers, lambda name, layer, inputs, _: calls.append((name, layer, inputs))):
+            self._run(on_host("image", image))
+        while calls and self.node.layer not in (None, calls[-1][0]):
+            calls.pop()
+        found: dict[str, SampledRegions] = {}
+        for name, layer, inputs in calls:
+            if _pools(layer):
+                rois, offset, mask = map(_array, (inputs[1], *_region_branch(layer, inputs)))
+                sizes, rule = (layer.output_size, layer.spatial_scale), _rule(layer)
+                found[name] = SampledRegions(rois, *sizes, offset, mask, *rule)
+        return found
+
     def strengths(self, image: Any, *, norm: float = 2) -> dict[str, Array]:
-        """Tell how much each sampling location of each deformable convolution counts for the response.
+        """Tell how much each location that a deformable layer or a pooling samples counts for the response.
 
         Parameters
         ----------
@@ -146,36 +180,22 @@ class ModuleNode(NodeFunction):
         Returns
         -------
         dict
-            By the name of the submodule what `effective_sampling` returns; zeros for a layer that the node
-            does not depend on.
+            By the name of the submodule what `effective_sampling` returns, of a pooling over regions what
+            `effective_bins` does; zeros for a layer that the node does not depend on.
         """
         called: dict[str, tuple[Any, ...]] = {}
 
         def keep(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             called[name] = layer, inputs, output
 
-        with _hooked(_layers_that_sample(self.module, rigid=False), keep):
+        layers = _layers_that_sample(self.module, rigid=False) | layers_that_pool(self.module)
+        with _hooked(layers, keep):
             _, direction = self._response(self.forward(on_host("image", image)))
         gradients = self._gradients(direction, [output for _, _, output in called.values()])
-        found: dict[str, Array] = {}
-        for (name, (layer, inputs, _)), grad in zip(called.items(), gradients, strict=True):
-            x, weight = inputs[0], layer.weight
-            with torch.no_grad():
-                offset, mask = _branch(layer, inputs)
-            found[name] = effective_sampling(
-                self._array(grad),
-                self._array(x),
-                self._array(offset),
-                self._array(mask),
-                self._array(weight),
-                layer.stride,
-                layer.padding,
-                layer.dilation,
-                x.shape[1] // weight.shape[1],
-                _offset_groups(layer, offset),
-                norm=norm,
-            )
-        return found
+        return {
+            name: (_strength_of_bins if _pools(layer) else _strength)(grad, layer, inputs, norm)
+            for (name, (layer, inputs, _)), grad in zip(called.items(), gradients, strict=True)
+        }
 
 
 def of_module(module: nn.Module, node: Node, arguments: tuple[Any, ...] = ()) -> ModuleNode:
@@ -190,7 +210,8 @@ def of_module(module: nn.Module, node: Node, arguments: tuple[Any, ...] = ()) ->
         in the last of its calls, has the node; None is the module's own output. Of the head of a detector
         `node.item` is the region, whose features are the whole feature vector.
     arguments : tuple
-        What the module takes after the image, such as boxes.
+        What the module takes after the image, such as boxes; `view_node` shows those that a pooling over
+        regions is given.
 
     Returns
     -------
@@ -250,6 +271,18 @@ def _layers_that_sample(module: nn.Module, *, rigid: bool) -> dict[str, nn.Modul
     return found
 
 
+def layers_that_pool(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the poolings over regions by name."""
+    return {name: layer for name, layer in module.named_modules() if _pools(layer)}
+
+
+def _pools(layer: Any) -> bool:
+    """Tell whether a module pools over regions: one that is aligned, as all of `dcn_np` are."""
+    kind = type(layer).__name__
+    aligned = "DeformRoIPool" in kind or ("RoIAlign" in kind and getattr(layer, "aligned", True))
+    return bool(aligned and hasattr(layer, "output_size") and hasattr(layer, "spatial_scale"))
+
+
 def _is_simple(layer: Any) -> bool:
     zeros = getattr(layer, "padding_mode", "zeros") == "zeros" and not isinstance(layer.padding, str)
     return zeros and not getattr(layer, "ceil_mode", False)
@@ -276,6 +309,77 @@ def _branch(layer: Any, inputs: tuple[Any, ...]) -> tuple[Tensor | None, Tensor 
     return made[:, :offsets], torch.sigmoid(made[:, offsets:]) if made.shape[1] > offsets else None
 
 
+def _region_branch(layer: Any, inputs: tuple[Any, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the offsets and masks of a call of a pooling over regions."""
+    x, rois, *given = inputs
+    if not isinstance(rois, Tensor):
+        raise TypeError(
+            f"a {type(layer).__name__} is called with the regions {shown(rois)}; wanted a Tensor (R, 5)"
+        )
+    if hasattr(layer, "branch"):
+        with torch.no_grad():
+            offset, mask = layer.branch(x, rois)
+        return offset, mask
+    if given or not hasattr(layer, "offset_fc"):
+        offset, mask = (*given, None, None)[:2]
+        return offset, mask
+    sizes = layer.output_size, layer.spatial_scale, layer.sampling_ratio
+    with torch.no_grad():
+        regular = modulated_deform_roi_pool(x.detach(), rois.detach(), None, None, *sizes)
+        per_bin, features = (len(rois), -1, *regular.shape[2:]), regular.flatten(1)
+        mask = layer.mask_fc(features).view(per_bin) if hasattr(layer, "mask_fc") else None
+        return layer.offset_fc(features).view(per_bin), mask
+
+
+def _rule(layer: Any) -> tuple[float, bool]:
+    """Return the factor of a pooling's offsets, if it has one, and whether it pools by rule P."""
+    return getattr(layer, "gamma", 1.0), getattr(layer, "position_sensitive", False)
+
+
+def _strength(grad: Tensor, layer: Any, inputs: tuple[Any, ...], norm: float) -> Array:
+    """Return what `effective_sampling` tells of a call of a convolution."""
+    x, weight = inputs[0], layer.weight
+    with torch.no_grad():
+        offset, mask = _branch(layer, inputs)
+    return effective_sampling(
+        _array(grad),
+        _array(x),
+        _array(offset),
+        _array(mask),
+        _array(weight),
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        x.shape[1] // weight.shape[1],
+        _offset_groups(layer, offset),
+        norm=norm,
+    )
+
+
+def _strength_of_bins(grad: Tensor, layer: Any, inputs: tuple[Any, ...], norm: float) -> Array:
+    """Return what `effective_bins` tells of a call of a pooling over regions."""
+    x, rois, *_ = inputs
+    offset, mask = _region_branch(layer, inputs)
+    gamma, by_rule_p = _rule(layer)
+    return effective_bins(
+        _array(grad),
+        _array(x),
+        _array(rois),
+        _array(offset),
+        _array(mask),
+        layer.output_size,
+        layer.spatial_scale,
+        max(layer.sampling_ratio, 0),  # torchvision has -1 for as many as a bin is long
+        gamma,
+        position_sensitive=by_rule_p,
+        norm=norm,
+    )
+
+
+def _array(tensor: Tensor | None) -> Any:
+    return None if tensor is None else tensor.detach().cpu().numpy()
+
+
 def _offset_groups(layer: Any, offset: Tensor) -> int:
     kernel = layer.weight.shape[2:]
     return int(offset.shape[1] // (len(kernel) * math.prod(kernel)))
@@ -289,7 +393,7 @@ def _hooked(
 
     def hook(name: str) -> Any:
         def called(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            named = (kwargs[key] for key in ("offset", "mask") if key in kwargs)
+            named = (kwargs[key] for key in ("rois", "offset", "mask") if key in kwargs)
             read(name, module, (*inputs, *named), output)
 
         return called

@@ -41,9 +41,7 @@ class TrainedDigits:
 
     def network(self, variant: str) -> Any:
         """Return a network with its stored weights."""
-        network = self.example["numpy_network"].Network(variant)
-        network.load_state_dict(self.states[variant])
-        return network
+        return self.example["numpy_network"].Network(variant, state=self.states[variant])
 
     def count(self, variant: str) -> Count:
         """Let a network tell all digits."""

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=4,
         type=int,
         metavar=("Y0", "X0", "Y1", "X1"),
-        help="look at all nodes from one pixel to another together; may be given several times",
+        help="look at all nodes from one pixel to another together; where --layer is of a head over regions, "
+        "at that region. May be given several times",
     )
     for name, kind, default, text in (
         ("levels", int, 1, "layers that samples are traced through"),
@@ -88,15 +89,16 @@ def look(args: argparse.Namespace) -> None:
     if image is None:
         raise ValueError("no image; wanted one, for a network of your own")
     found = []
-    for name, seen, node in nodes(args, networks, image):
-        view = view_of(args, seen, node, fitted(image, seen.channels))
+    for name, seen, of_node in nodes(args, networks, image):
+        view = view_of(args, seen, of_node, fitted(image, seen.channels))
         print(
             f"{name}: receptive field {view.field.size():.1f} px, saliency region "
             f"{100 * view.region.area:.2f} % of the image with an error of {view.region.error:.3f}",
             flush=True,
         )
-        found.append((name, node, view))
-    axes = plot.new_sheet(len(found), f"What nodes see: {args.image.name if args.image else 'a digit'}")
+        found.append((name, of_node.node, view))
+    title = f"What nodes see: {args.image.name if args.image else 'a digit'}"
+    axes = plot.new_sheet(len(found), title, image.shape[1] / image.shape[2])
     plot.sheet(axes, [view for *_, view in found], [name.replace(" at ", "\n") for name, *_ in found])
     args.output.mkdir(parents=True, exist_ok=True)
     axes[0, 0].figure.savefig(args.output / "see.png")
@@ -141,7 +143,7 @@ def fitted(image: Array, channels: int) -> Array:
 # ---- nodes
 
 
-def nodes(args: argparse.Namespace, networks: list[Seen], image: Array) -> Iterator[tuple[str, Seen, Node]]:
+def nodes(args: argparse.Namespace, networks: list[Seen], image: Array) -> Iterator[tuple[str, Seen, Any]]:
     """Yield the title, network and node of each column: all networks for the first node, then the next."""
     size = image.shape[1:]
     middle = [[extent // 2 for extent in size]] if not args.pixel and not args.box else []
@@ -151,7 +153,7 @@ def nodes(args: argparse.Namespace, networks: list[Seen], image: Array) -> Itera
         check_within(low, high, option, size)
         for seen in networks:
             title = f"{seen.name} at " + " to ".join(f"({y}, {x})" for y, x in ([low, high][low == high :]))
-            yield title, seen, node_at(args, seen, fitted(image, seen.channels), low, high, option)
+            yield title, seen, node_at(seen, fitted(image, seen.channels), low, high, option)
 
 
 def check_within(low: list[int], high: list[int], option: str, size: tuple[int, ...]) -> None:
@@ -164,19 +166,29 @@ def check_within(low: list[int], high: list[int], option: str, size: tuple[int, 
         )
 
 
-def node_at(
-    args: argparse.Namespace, seen: Seen, image: Array, low: list[int], high: list[int], option: str
-) -> Node:
-    """Return the node nearest to a pixel, or those of a box together."""
+def node_at(seen: Seen, image: Array, low: list[int], high: list[int], option: str) -> Any:
+    """Return the node nearest to a pixel, those of a box, or that of a region, as a function of images."""
     layer = seen.layer
-    whole = seen.of_node(Node(layer))
-    features = whole.forward(image)
+    rois = numpy.array([[0, low[1], low[0], high[1] + 1, high[0] + 1]], image.dtype)
+    whole = seen.of_node(Node(layer), rois)
+    if whole.sampled_regions(image):
+        if option == "--pixel":
+            raise ValueError(f"{layer or 'the network'} has a node for each region: wanted --box Y0 X0 Y1 X1")
+        return whole
+    return seen.of_node(Node(layer, position=position_at(seen, whole, image, low, high, option)), rois)
+
+
+def position_at(
+    seen: Seen, whole: Any, image: Array, low: list[int], high: list[int], option: str
+) -> list[int] | list[slice]:
+    """Return the position in a layer's map that is nearest to a pixel, or all of a box."""
+    layer, features = seen.layer, whole.forward(image)
     if features.ndim != 3:
         raise ValueError(
             f"the features of {layer or 'the network'} have shape {features.shape}; wanted "
             "(channels, height, width): name another layer with --layer"
         )
-    step, extents = step_of_nodes(whole, image, args.sampling), features.shape[1:]
+    step, extents = step_of_nodes(whole, image, seen.sampling), features.shape[1:]
     if option == "--pixel":
         place = numpy.minimum(numpy.rint(low / step), numpy.array(extents) - 1).astype(int)
         if (numpy.abs(low - place * step) > step).any():
@@ -184,7 +196,7 @@ def node_at(
                 f"--pixel {low[0]} {low[1]} lies outside the map of {layer}, whose last node is at "
                 f"{(step * (numpy.array(extents) - 1)).tolist()}"
             )
-        return Node(layer, position=place.tolist())
+        return [int(index) for index in place]
     start = numpy.ceil(low / step).astype(int)
     stop = numpy.minimum(numpy.floor(high / step).astype(int) + 1, extents)
     if (start >= stop).any():
@@ -192,18 +204,18 @@ def node_at(
             f"--box {' '.join(map(str, low + high))} holds no node: those of {layer} are {step.tolist()} "
             "pixels apart, from 0 0 on"
         )
-    return Node(layer, position=[slice(int(a), int(b)) for a, b in zip(start, stop, strict=True)])
+    return [slice(int(a), int(b)) for a, b in zip(start, stop, strict=True)]
 
 
 # ---- views
 
 
-def view_of(args: argparse.Namespace, seen: Seen, node: Node, image: Array) -> NodeView:
+def view_of(args: argparse.Namespace, seen: Seen, of_node: Any, image: Array) -> NodeView:
     """Look at a node, under a progress bar where somebody watches."""
     return view_node(
-        seen.of_node(node),
+        of_node,
         image,
-        args.sampling,
+        seen.sampling,
         levels=args.levels,
         epsilon=args.epsilon,
         fill=args.fill,
@@ -220,8 +232,9 @@ def described(args: argparse.Namespace, name: str, node: Node, view: NodeView) -
     return {
         "title": name,
         "layer": node.layer,
-        "position": [[p.start, p.stop] if isinstance(p, slice) else p for p in position],
+        "position": position and [[p.start, p.stop] if isinstance(p, slice) else p for p in position],
         "place": plain(view.place),
+        "region": None if view.box is None else plain(view.box),
         "response": float(field.responses[0]),
         "sampling": {
             "layer": view.layer,

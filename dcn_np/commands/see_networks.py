@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,12 @@ class Seen(NamedTuple):
     """A network, and how a node of it becomes a function of the image."""
 
     name: str
-    of_node: Callable[[analysis.Node], Any]  # a LayersNode or ModuleNode
+    of_node: Callable[
+        [analysis.Node, Array], Any
+    ]  # with the regions of a head, (R, 5): LayersNode, ModuleNode
     channels: int  # of the image that it takes
-    layer: str | None
+    layer: Any  # whose nodes
+    sampling: Any  # the layer whose samples are drawn, or None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--factory",
         metavar="MODULE:FUNCTION",
         help="what makes a network of your own: a function without arguments that returns what "
-        "dcn_np.analysis.of_layers takes, or a torch.nn.Module (default: the repository's digits networks)",
+        "dcn_np.analysis.of_layers takes, or a torch.nn.Module, which is given an image, and regions (R, 5) "
+        "where it pools over regions (default: the repository's digits networks)",
     )
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="its parameters: .npz, .safetensors, .pth or .pt"
@@ -45,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sampling",
         metavar="LAYER",
-        help="whose samples are drawn (default: --layer, or the last convolution below it)",
+        help="whose samples are drawn (default: --layer, or what samples last below it)",
     )
 
 
@@ -54,7 +59,7 @@ def from_arguments(args: argparse.Namespace) -> tuple[list[Seen], Array | None]:
     if args.factory is None:
         if args.weights is not None:
             raise ValueError("--weights is given without --factory; wanted both, for a network of your own")
-        return digits_networks(args.layer or DIGITS_LAYER)
+        return digits_networks(args.layer or DIGITS_LAYER, args.sampling)
     network = made(args.factory)
     name = (args.weights or Path(args.factory.rpartition(":")[2])).stem
     if isinstance(network, Mapping | Sequence):
@@ -62,7 +67,7 @@ def from_arguments(args: argparse.Namespace) -> tuple[list[Seen], Array | None]:
     return [of_torch(name, network, args)], None
 
 
-def digits_networks(layer: str) -> tuple[list[Seen], Array]:
+def digits_networks(layer: str, sampling: str | None) -> tuple[list[Seen], Array]:
     """Return the three networks of examples/digits, and a digit of their test set."""
     if not demo_digits.is_here():
         raise ValueError(
@@ -75,7 +80,7 @@ def digits_networks(layer: str) -> tuple[list[Seen], Array]:
 
     def seen(variant: str) -> Seen:
         stages = trained.network(variant).stages()
-        return Seen(variant, lambda node: analysis.of_layers(stages, node), 1, layer)
+        return Seen(variant, partial(analysis.of_layers, stages), 1, layer, sampling)
 
     image = trained.example["data"].as_input(trained.digits.images[:1])[0]
     return [seen(variant) for variant in trained.states], image
@@ -113,8 +118,9 @@ def of_stages(name: str, network: Any, args: argparse.Namespace) -> Seen:
         raise ValueError(f"the network of --factory has the stages {list(stages)}; wanted a convolution")
     if args.weights is not None:
         load(stages, read_state(args.weights), args.weights)
-    layer = next((key for key in stages if str(key) == args.layer), args.layer)
-    return Seen(name, lambda node: analysis.of_layers(stages, node), convolutions[0].in_channels, layer)
+    keys = {str(key): key for key in stages}
+    layer, sampling = (keys.get(given, given) for given in (args.layer, args.sampling))
+    return Seen(name, partial(analysis.of_layers, stages), convolutions[0].in_channels, layer, sampling)
 
 
 def load(stages: Mapping[Any, Any], state: Mapping[str, Array], path: Path) -> None:
@@ -132,7 +138,7 @@ def of_torch(name: str, module: Any, args: argparse.Namespace) -> Seen:
     """Look into a module of PyTorch."""
     import torch
 
-    from dcn_np.analysis.torch import of_module
+    from dcn_np.analysis.torch import layers_that_pool, of_module
 
     if not isinstance(module, torch.nn.Module):
         raise TypeError(
@@ -148,4 +154,8 @@ def of_torch(name: str, module: Any, args: argparse.Namespace) -> Seen:
     weights = [weight for weight in module.parameters() if weight.ndim > 2]
     module.eval()
     channels = weights[0].shape[1] if weights else 3
-    return Seen(name, lambda node: of_module(module, node), channels, args.layer)
+
+    def of_node(node: analysis.Node, rois: Array) -> Any:
+        return of_module(module, node, (torch.from_numpy(rois),) if layers_that_pool(module) else ())
+
+    return Seen(name, of_node, channels, args.layer, args.sampling)

@@ -9,15 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy
 
+from .._requirements import engine_problem
 from ..backends import Gradients, RoIGradients
 from ..geometry import Geometry, half_dtypes
 from ..roi_geometry import RoIGeometry
 from ..threads import get_num_threads
-from . import _native
+
+try:
+    from . import _native
+except ImportError as error:
+    raise ImportError(engine_problem(Path(__file__).parent, error)) from error
 
 NO_OPENMP = (
     "OpenMP's runtime library cannot be loaded ({}), so dcn_np runs on one thread. If libgomp.so.1 is "
@@ -41,7 +47,8 @@ openmp_problem = _load_openmp()
 if openmp_problem is not None:
     warnings.warn(NO_OPENMP.format(openmp_problem), RuntimeWarning, stacklevel=2)
 
-os.register_at_fork(after_in_child=_native.after_fork_in_child)
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_native.after_fork_in_child)
 
 _ISAS = [name for name, _ in _native.isas()]
 # What is computed in, and what else is stored, by the kernels' numbers.

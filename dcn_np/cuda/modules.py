@@ -172,21 +172,25 @@ def _cuda_major() -> int | None:
 def cache_folder() -> Path:
     """Return the folder of compiled kernels: DCN_NP_CACHE_DIR, or dcn_np in the user's cache.
 
-    Where that cannot be written, or belongs to somebody else, a folder that ends with the process takes its
-    place: code is loaded from here, so nobody else may put any there.
+    Where there is none, or it cannot be written or belongs to somebody else, a folder that ends with the
+    process takes its place: code is loaded from here, so nobody else may put any there.
     """
     chosen = os.environ.get("DCN_NP_CACHE_DIR")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = Path(chosen) if chosen else base / "dcn_np"
     try:
+        folder = Path(chosen) if chosen else _users_cache() / "dcn_np"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _is_ours(folder) and os.access(folder, os.W_OK | os.X_OK):
             return folder
-    except OSError:
+    except (OSError, RuntimeError):
         pass
     temporary = tempfile.TemporaryDirectory(prefix="dcn_np-")
     _kept.append(temporary)
     return Path(temporary.name)
+
+
+def _users_cache() -> Path:
+    """Return the user's folder for caches; RuntimeError where there is no such user, as in containers."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 _kept: list[tempfile.TemporaryDirectory[str]] = []

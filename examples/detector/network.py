@@ -48,11 +48,12 @@ class RoIAlign(nn.Module):
 
     def __init__(self, in_channels: int, output_size: int, **options: Any) -> None:
         super().__init__()
-        self.sizes = output_size, options["spatial_scale"], options["sampling_ratio"]
+        self.output_size = output_size
+        self.spatial_scale, self.sampling_ratio = options["spatial_scale"], options["sampling_ratio"]
 
     def forward(self, x: Tensor, rois: Tensor) -> Tensor:
         """Return (regions, channels, output_size, output_size)."""
-        return dcn_np.torch.roi_align(x, rois, *self.sizes)
+        return dcn_np.torch.roi_align(x, rois, self.output_size, self.spatial_scale, self.sampling_ratio)
 
 
 class Detector(nn.Module):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy
 
 import dcn_np.layers
-from dcn_np import analysis
 
 from .architecture import convolutions
 from .data import Array, Digits
@@ -19,9 +18,27 @@ FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.999, 1e-8  # those of torch's Adam
 
 
 class Network:
-    """One of the three networks, drawn from a seed: He's uniform distribution; zeros for the rest."""
+    """One of the three networks: of a state dict, or drawn from a seed."""
 
-    def __init__(self, variant: str, seed: int = 0, dtype: type = numpy.float32) -> None:
+    def __init__(
+        self,
+        variant: str,
+        seed: int = 0,
+        dtype: type = numpy.float32,
+        state: Mapping[str, Array] | None = None,
+    ) -> None:
+        self.layers: dict[str, Any] = {}
+        if state is None:
+            self._draw(variant, seed, dtype)
+            return
+        for name, conv in convolutions(variant).items():
+            start = f"{name}."
+            found = {key.removeprefix(start): state[key] for key in state if key.startswith(start)}
+            kind = getattr(dcn_np.layers, conv.kind)
+            self.layers[name] = kind.from_state_dict(found, **conv.arguments, dtype=dtype)
+
+    def _draw(self, variant: str, seed: int, dtype: type) -> None:
+        """Draw filters from He's uniform distribution; all else is zero."""
         rng = numpy.random.default_rng(seed)
         self.layers = {
             name: getattr(dcn_np.layers, conv.kind)(**conv.arguments, rng=rng, dtype=dtype)
@@ -54,6 +71,8 @@ class Network:
 
     def stages(self) -> dict[str, Any]:
         """Return what the network is made of, in order: what `dcn_np.analysis.of_layers` takes."""
+        from dcn_np import analysis  # networks that only answer, examples/edge, do without
+
         *convs, classifier = self.layers.items()
         stages: dict[str, Any] = {}
         for name, conv in convs:
@@ -67,11 +86,6 @@ class Network:
     def state_dict(self) -> dict[str, Array]:
         """Return the parameters by the names that torch's network has, such as conv3.conv_offset.weight."""
         return joined({name: layer.state_dict() for name, layer in self.layers.items()})
-
-    def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Take the parameters of a state dict, copied."""
-        for name, layer in self.layers.items():
-            layer.load_state_dict({key: state[f"{name}.{key}"] for key in layer.state_dict()})
 
 
 def joined(by_layer: Mapping[str, Mapping[str, Array]]) -> dict[str, Array]:

@@ -26,8 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(digits.labels)} warped digits, {dcn_np.get_num_threads()} threads, {dcn_np.isa()}")
     differences = []
     for variant, state in states.items():
-        network = Network(variant)
-        network.load_state_dict(state)
+        network = Network(variant, state=state)
         begin = time.perf_counter()
         right = count_right(network.logits, digits)
         seconds = time.perf_counter() - begin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,15 +87,15 @@ def row(runs: list[Run]) -> str:
         f"{mean_and_spread(found)} %",
         f"{min(found):.1f} %",
         f"{max(found):.1f} %",
-        f"{statistics.mean(run.seconds for run in runs):.0f}",
+        f"{numpy.mean([run.seconds for run in runs]):.0f}",
     ]
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
     """Write a mean, and a standard deviation if there is one."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    spread = f" ± {numpy.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{numpy.mean(values):.1f}{spread}"
 
 
 def save_weights(path: Path, runs: list[Run], digits: Digits) -> None:

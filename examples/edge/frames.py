@@ -148,14 +148,15 @@ def drawn(originals: Digits) -> Iterator[Frame]:
 
 def turned(image: Array, angle: float, scale: float) -> Array:
     """Draw an original on the canvas: a kernel of one tap, moved to where each pixel has its source."""
-    turn = numpy.array([[numpy.cos(angle), -numpy.sin(angle)], [numpy.sin(angle), numpy.cos(angle)]])
-    middle = (CANVAS - 1) / 2
-    source = numpy.tensordot(turn, _places() - middle, 1) / (PIXELS_PER_PIXEL * scale) + (SIDE - 1) / 2
+    sine, cosine = numpy.sin(angle), numpy.cos(angle)
+    y, x = _places() - (CANVAS - 1) / 2
+    turned_back = numpy.array([cosine * y - sine * x, sine * y + cosine * x])
+    source = turned_back / (PIXELS_PER_PIXEL * scale) + (SIDE - 1) / 2
     padding = (CANVAS - SIDE) // 2
     offset = (source - (_places() - padding))[None].astype(numpy.float32)
-    x = image[None, None].astype(numpy.float32) * (255 / LARGEST)
-    y = dcn_np.deform_conv(x, offset, numpy.ones((1, 1, 1, 1), numpy.float32), padding=padding)
-    return y[0, 0].round().astype(numpy.uint8)
+    grey = image[None, None].astype(numpy.float32) * (255 / LARGEST)
+    drawn = dcn_np.deform_conv(grey, offset, numpy.ones((1, 1, 1, 1), numpy.float32), padding=padding)
+    return drawn[0, 0].round().astype(numpy.uint8)
 
 
 @functools.cache

@@ -53,10 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     """Read the network, answer, and print."""
-    peaks = {"numpy": memory_of_numpy(), "imports": peak_memory()}
+    peaks = {"imports": peak_memory()}
     states, _, originals = read_weights()
-    network = Network(VARIANT)
-    network.load_state_dict(states[VARIANT])
+    network = Network(VARIANT, state=states[VARIANT])
     peaks["network"] = peak_memory()
     print(f"{VARIANT}, {dcn_np.get_num_threads()} threads, {dcn_np.isa()}")
     seconds = []
@@ -66,6 +65,7 @@ def run(options: argparse.Namespace) -> None:
         seconds.append(answer.seconds)
     rate = len(seconds) / (time.perf_counter() - begin)
     peaks["frames"] = peak_memory()
+    peaks["numpy"] = memory_of_numpy()
     print(
         f"{len(seconds)} frames, {rate:.0f} per second; {1e3 * numpy.median(seconds):.2f} ms in the network, "
         "the median"

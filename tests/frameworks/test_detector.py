@@ -7,6 +7,9 @@ import pytest
 import torch
 from examples_here import examples
 
+from dcn_np import analysis
+from dcn_np.analysis.torch import of_module
+
 pytest.importorskip("pycocotools")
 pytest.importorskip("skimage")
 
@@ -311,3 +314,43 @@ def test_the_table_has_means_and_spreads():
             f"| DCNv2 | 10 | {steps} | 0.1x | 1 |" + " 50.0 |" * 6 + " 60 |",
         )
     ]
+
+
+# ---- what it sees
+
+
+class Regions(torch.nn.Module):
+    """The features by which a detector judges regions."""
+
+    def __init__(self, detector):
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images, rois):
+        return self.detector.region_features(images, rois)
+
+
+@pytest.mark.parametrize("variant", ["regular", "DCNv1", "DCNv2"])
+def test_a_region_is_seen_by_every_variant(variant, scenes):
+    image, box = data.as_input(scenes)[0], scenes[0].boxes[0]
+    rois = torch.tensor([[0, *map(float, box)]])
+    module = Regions(perturbed(variant)).eval()
+    of_node = of_module(module, analysis.Node(), (rois,))
+    view = analysis.view_node(of_node, image, relaxed_steps=2, cell=14, epsilon=0.5)
+    assert view.layer == "detector.box_pool"
+    borders = [box[1] - 0.5, box[0] - 0.5, box[3] - 0.5, box[2] - 0.5]
+    np.testing.assert_allclose(view.box, borders)
+    assert view.positions.shape == (49, 2)
+    assert view.strength.max() > 0
+    x = module.detector.backbone(torch.from_numpy(image[None]))
+    if variant == "regular":
+        offset = None
+    else:
+        offset, mask = module.detector.box_pool.branch(x, rois)
+        assert (mask is None) == (variant == "DCNv1")
+        if mask is not None:
+            np.testing.assert_allclose(view.modulation, mask.detach().flatten(), rtol=1e-5)
+        offset = offset.detach()
+        assert offset.abs().max() > 0
+    wanted = analysis.SampledRegions(rois, (7, 7), 1 / 8, offset).positions
+    np.testing.assert_allclose(view.positions, wanted[0].reshape(2, 49).T, rtol=1e-6)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from adapters import addresses
 from calls import mapped_and_resident, python_with_calls
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -394,6 +395,17 @@ def test_what_does_not_fit_is_named():
         dcn_jax.deform_conv(x, offset, weight, float32_matmul="fast")
 
 
+def test_the_plain_function_copies_nothing(monkeypatch):
+    _, arrays, parameters = problem_of()
+    with addresses(monkeypatch) as calls:
+        y = dcn_np.modulated_deform_conv(*arrays, *parameters)
+        gradients = dcn_np.modulated_deform_conv_backward(y, *arrays[:4], *parameters)
+    inputs = [array.unsafe_buffer_pointer() for array in arrays]
+    result = y.unsafe_buffer_pointer()
+    wanted = [gradient.unsafe_buffer_pointer() for gradient in gradients]
+    assert calls == [(inputs, [result]), ([result, *inputs[:4]], wanted)]
+
+
 def test_the_plain_function_names_this_one_where_jax_traces():
     _, arrays, parameters = problem_of()
     plain = lambda *a: dcn_np.modulated_deform_conv(*a, *parameters)  # noqa: E731
@@ -411,6 +423,19 @@ def test_extents_without_a_number_are_refused():
               for i, a in enumerate(arrays)]  # fmt: skip
     with pytest.raises(ValueError, match=r"^x has shape \(n, .*known when it is traced"):
         jax.export.export(jax.jit(convolution(parameters)))(*shapes)
+
+
+@pytest.mark.parametrize("differentiated", [False, True])
+def test_other_devices_are_refused(differentiated):
+    x, weight = jnp.ones((1, 4, 6, 6)), jnp.ones((4, 4, 3, 3))
+
+    def loss(x, weight):
+        return dcn_jax.deform_conv(x, None, weight).sum()
+
+    traced = jax.jit(jax.grad(loss) if differentiated else loss).trace(x, weight)
+    assert "dcn_np_deform_conv" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    with pytest.raises(NotImplementedError, match=r"^dcn_np\.jax .* but is lowered for cuda: "):
+        traced.lower(lowering_platforms=("cuda",))
 
 
 def test_an_exported_program():

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from adapters import addresses
+from calls import python
 from problems import random_problem
 from torch import nn
+from torch._dynamo import compiled_autograd
 from torch.distributed.fsdp import fully_shard
 
 import dcn_np
@@ -123,6 +126,22 @@ def test_compiled_without_a_break():
         assert torch.allclose(one.grad, other.grad, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_backward():
+    module, x = moved(nn.Sequential(dcn_torch.ModulatedDeformConv2d(3, 4, 3)))[0], torch.randn(2, 3, 7, 8)
+    wanted = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    loss = module(x).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    for parameter, gradient in zip(module.parameters(), wanted, strict=True):
+        assert torch.allclose(parameter.grad, gradient, atol=1e-5)
+
+
+def test_shapes_without_memory():
+    module = dcn_torch.ModulatedDeformConv2d(3, 4, 3, stride=2, device="meta")
+    assert module(torch.randn(2, 3, 7, 9, device="meta")).shape == (2, 4, 3, 4)
+
+
 def test_exported():
     network, x = moved(Network()).eval(), torch.randn(2, 3, 12, 14)
     batch = torch.export.Dim("batch", min=2, max=8)
@@ -183,6 +202,45 @@ def test_vmap_of_gradients():
         assert torch.allclose(x.grad[i], one.grad)
 
 
+def test_gradients_of_each_image_by_torch_func():
+    """vmap over torch.func.grad, as gradients for each sample are taken."""
+    _, tensors, parameters = problem_of(grad=False)
+
+    def loss(weight, *images):
+        images = [image[None] for image in images]
+        return dcn_torch.modulated_deform_conv(*images, weight, tensors[4], *parameters).square().sum()
+
+    weight = tensors[3].clone().requires_grad_()
+    got = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(weight.detach(), *tensors[:3])
+    for i in range(2):
+        (wanted,) = torch.autograd.grad(loss(weight, *[tensor[i] for tensor in tensors[:3]]), weight)
+        assert torch.allclose(got[i], wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_other_derivatives_are_refused():
+    _, tensors, parameters = problem_of(grad=False)
+
+    def loss(x):
+        return dcn_torch.modulated_deform_conv(x, *tensors[1:], *parameters).square().sum()
+
+    with pytest.raises(NotImplementedError, match=r"modulated_deform_conv.* none in forward mode"):
+        torch.func.jvp(loss, (tensors[0],), (tensors[0],))
+    with pytest.raises(RuntimeError, match=r"modulated_deform_conv_backward.* cannot be differentiated"):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(tensors[0])
+
+
+def test_torch_compile_s_tracer_is_not_imported():
+    """It takes a second."""
+    code = """
+import sys, torch, dcn_np.torch
+x, weight = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 3, 3, requires_grad=True)
+dcn_np.torch.deform_conv(x, None, weight).sum().backward()
+print("torch._dynamo" in sys.modules)
+"""
+    assert python(code) == "False"
+
+
 def test_what_does_not_fit_is_named():
     _, tensors, parameters = problem_of()
     with pytest.raises(ValueError, match="weight"):
@@ -234,6 +292,27 @@ def test_c_functions_and_capsules_give_the_same(monkeypatch):
     y = dcn_np.modulated_deform_conv(*tensors, *parameters)
     as_parameters = [nn.Parameter(tensor, requires_grad=False) for tensor in tensors]
     assert torch.equal(dcn_np.modulated_deform_conv(*as_parameters, *parameters), y)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_nothing_is_copied(monkeypatch, dtype, layout):
+    _, tensors, parameters = problem_of(dtype=dtype, grad=False)
+    tensors[:3] = [tensor.contiguous(memory_format=layout) for tensor in tensors[:3]]
+    inputs = [tensor.data_ptr() for tensor in tensors]
+    with addresses(monkeypatch) as calls:
+        plain = dcn_np.modulated_deform_conv(*tensors, *parameters)
+        for tensor in tensors:
+            tensor.requires_grad_()
+        y = dcn_torch.modulated_deform_conv(*tensors, *parameters)
+        grad_output = torch.ones_like(y)
+        gradients = torch.autograd.grad(y, tensors, grad_output)
+    (read, written), (read_again, written_again), backward = calls
+    assert read == read_again == inputs
+    assert (written, written_again) == ([plain.data_ptr()], [y.data_ptr()])
+    assert backward[0] == [grad_output.data_ptr(), *inputs[:4]]
+    assert backward[1] == [gradient.data_ptr() for gradient in gradients]
+    assert all(array.is_contiguous(memory_format=layout) for array in (plain, y, *gradients[:3]))
 
 
 def test_torchvision_s_signature():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import dcn_np.torch
-from dcn_np import analysis
+from dcn_np import analysis, layers
 from dcn_np.analysis import Node, effective_receptive_field, error_bounded_saliency, offset_statistics
 from dcn_np.analysis.torch import of_module
 from dcn_np.commands import demo_digits
@@ -327,3 +327,174 @@ def test_outputs_that_have_no_node_are_refused():
     ):
         with pytest.raises(kind, match=message):
             of_module(module.eval(), node)(np.ones((1, 4, 4)))
+
+
+# ---- heads over regions
+
+
+class RegionHead(nn.Module):
+    """A detector's head over a pooling that is a module."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(1, 4, 3, stride=2, padding=1), pool
+        self.fc = nn.Linear(4 * 6, 6)
+        self.after = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x, rois):
+        pooled = self.pool(self.conv(x), rois)
+        self.after(pooled)
+        return torch.relu(self.fc(pooled.flatten(1)))
+
+
+NUMBERS = {"output_size": (2, 3), "spatial_scale": 0.5, "sampling_ratio": 2, "gamma": 0.2}
+ROIS = np.array([[0, 3.3, 2.2, 17.1, 14.6], [0, 8.4, 5.7, 21.3, 18.2]])
+POOLINGS = {
+    "DCNv1": ("DeformRoIPool", {}),
+    "DCNv2": ("ModulatedDeformRoIPool", {}),
+    "separate branches": ("ModulatedDeformRoIPool", {"shared_branch": False, "mask_activation": "2*sigmoid"}),
+    "position-sensitive": ("ModulatedDeformRoIPool", {"position_sensitive": True}),
+}
+
+
+def head_both(kind):
+    """A head with NumPy and with torch, of the same weights; bins move."""
+    name, options = POOLINGS[kind]
+    options = {"hidden_channels": 5} | NUMBERS | options
+    module = RegionHead(getattr(dcn_np.torch, name)(4, **options)).double().eval()
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.from_numpy(rng.normal(0, 0.3, tuple(parameter.shape))))
+    made = {"rng": 0, "dtype": np.float64}
+    stages = {
+        "conv": layers.Conv2d(1, 4, 3, stride=2, padding=1, **made),
+        "pool": getattr(layers, name)(4, **options, **made),
+        "fc": layers.Conv2d(4, 6, (2, 3), **made),
+        "relu": analysis.ReLU(),
+    }
+    state = {key: value.numpy() for key, value in module.state_dict().items()}
+    state["fc.weight"] = state["fc.weight"].reshape(6, 4, 2, 3)
+    for stage in ("conv", "pool", "fc"):
+        own = {key: state[f"{stage}.{key}"] for key in stages[stage].state_dict()}
+        stages[stage].load_state_dict(own)
+    return stages, module
+
+
+@pytest.mark.parametrize("kind", POOLINGS)
+def test_a_view_of_a_region_is_that_without_torch(kind):
+    stages, module = head_both(kind)
+    image = np.random.default_rng(1).random((1, 22, 26))
+    of_stages = analysis.of_layers(stages, Node(item=1), ROIS)
+    of_torch = of_module(module, Node(item=1), (torch.from_numpy(ROIS),))
+    wanted, found = (
+        analysis.view_node(of_node, image, relaxed_steps=2, epsilon=0.01, cell=4)
+        for of_node in (of_stages, of_torch)
+    )
+    assert found.layer == "pool"
+    for name in ("place", "positions", "modulation", "strength", "box"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.field.field, wanted.field.field, rtol=0, atol=1e-12)
+    assert found.region.error <= 0.01
+    assert list(of_torch.sampled_layers(image)) == ["conv"]
+    with pytest.raises(ValueError, match="item is 2; 'pool' pools 2 regions"):
+        analysis.view_node(of_module(module, Node(item=2), (torch.from_numpy(ROIS),)), image)
+
+
+def test_poolings_that_are_called_after_the_node_are_not_its_own():
+    _, module = head_both("DCNv2")
+    image, rois = np.random.default_rng(1).random((1, 22, 26)), (torch.from_numpy(ROIS),)
+    assert of_module(module, Node("conv"), rois).sampled_regions(image) == {}
+    assert list(of_module(module, Node("pool"), rois).sampled_regions(image)) == ["pool"]
+    assert list(of_module(module, Node("fc"), rois).sampled_regions(image)) == ["pool"]
+    view = analysis.view_node(
+        of_module(module, Node("conv", position=(4, 4)), rois), image, relaxed_steps=1, cell=4
+    )
+    assert (view.layer, view.box) == ("conv", None)
+
+
+class RoIAlign(nn.Module):
+    """A pooling as torchvision's, aligned."""
+
+    def __init__(self, aligned=True):
+        super().__init__()
+        self.output_size, self.spatial_scale, self.sampling_ratio = (2, 3), 0.5, -1
+        self.aligned = aligned
+
+    def forward(self, input, rois):  # noqa: A002 - torchvision's name
+        return dcn_np.torch.roi_align(input, rois, (2, 3), 0.5, 0)
+
+
+def test_bins_that_do_not_move_have_strengths_too():
+    module = RegionHead(RoIAlign()).double().eval()
+    image, rois = np.random.default_rng(1).random((1, 22, 26)), torch.from_numpy(ROIS)
+    of_node = of_module(module, Node(item=1), (rois,))
+    view = analysis.view_node(of_node, image, relaxed_steps=1, cell=4)
+    np.testing.assert_allclose(
+        view.positions, analysis.SampledRegions(ROIS, (2, 3), 0.5).positions[1].reshape(2, 6).T
+    )
+    x = module.conv(torch.from_numpy(image[None])).detach()
+    offset = torch.zeros(2, 2, 2, 3, dtype=torch.float64, requires_grad=True)
+    pooled = dcn_np.torch.deform_roi_pool(x, rois, offset, (2, 3), 0.5, 0, 1.0)
+    torch.relu(module.fc(pooled.flatten(1)))[1].norm().backward()
+    pixels = 0.5 * (rois[1, 3:] - rois[1, 1:3])
+    wanted = (offset.grad[1] / pixels[:, None, None]).norm(dim=0).reshape(6)
+    np.testing.assert_allclose(view.strength, wanted, rtol=1e-9)
+    module.pool.forward = lambda x, rois: dcn_np.torch.roi_align(x, rois[0], (2, 3), 0.5, 0)
+    with pytest.raises(
+        TypeError, match=r"a RoIAlign is called with the regions .*; wanted a Tensor \(R, 5\)"
+    ):
+        of_module(module, Node(), ([rois],)).sampled_regions(image)
+    del module.pool.forward
+    module.pool.aligned = False  # half a pixel apart from what dcn_np tells
+    assert of_node.sampled_regions(image) == {}
+
+
+class DeformRoIPool(nn.Module):
+    """A pooling that is given its offsets, as mmcv's."""
+
+    def __init__(self):
+        super().__init__()
+        self.output_size, self.spatial_scale, self.sampling_ratio, self.gamma = (2, 3), 0.5, 2, 0.2
+
+    def forward(self, input, rois, offset=None):  # noqa: A002 - mmcv's name
+        return dcn_np.torch.deform_roi_pool(input, rois, offset, (2, 3), 0.5, 2, 0.2)
+
+
+class ModulatedDeformRoIPoolPack(DeformRoIPool):
+    """A pooling with branches as mmcv's."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset_fc = nn.Linear(24, 12)
+        self.mask_fc = nn.Sequential(nn.Linear(24, 6), nn.Sigmoid())
+
+    def forward(self, input, rois):  # noqa: A002 - mmcv's name
+        numbers = (2, 3), 0.5, 2
+        features = dcn_np.torch.roi_align(input, rois, *numbers).flatten(1)
+        offset = self.offset_fc(features).view(-1, 2, 2, 3)
+        mask = self.mask_fc(features).view(-1, 1, 2, 3)
+        return dcn_np.torch.modulated_deform_roi_pool(input, rois, offset, mask, *numbers, 0.2)
+
+
+def test_poolings_that_are_given_offsets_or_have_the_branches_of_mmcv():
+    torch.manual_seed(3)
+    image, rois = np.random.default_rng(1).random((1, 22, 26)), torch.from_numpy(ROIS)
+    packed = RegionHead(ModulatedDeformRoIPoolPack()).double().eval()
+    found = of_module(packed, Node(item=1), (rois,)).sampled_regions(image)["pool"]
+    x = packed.conv(torch.from_numpy(image[None]))
+    features = dcn_np.torch.roi_align(x, rois, (2, 3), 0.5, 2).flatten(1)
+    np.testing.assert_allclose(found.offset, packed.pool.offset_fc(features).view(2, 2, 2, 3).detach())
+    np.testing.assert_allclose(found.mask, packed.pool.mask_fc(features).view(2, 1, 2, 3).detach())
+
+    class Given(RegionHead):
+        def forward(self, x, rois):
+            offset = torch.full((2, 2, 2, 3), 0.7, dtype=x.dtype)
+            return self.fc(self.pool(self.conv(x), rois=rois, offset=offset).flatten(1))
+
+    given = Given(DeformRoIPool()).double().eval()
+    of_node = of_module(given, Node(item=0), (rois,))
+    found = of_node.sampled_regions(image)["pool"]
+    assert (found.offset == 0.7).all()
+    assert (found.mask, found.gamma) == (None, 0.2)
+    assert of_node.strengths(image)["pool"].shape == (2, 2, 3)

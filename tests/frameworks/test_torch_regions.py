@@ -210,6 +210,88 @@ def test_gradients_have_no_gradients(operator):
         grad.sum().backward()
 
 
+def entries_of(operator, batched, count=3, **keywords):
+    """Tensors of which some have one axis more, which may be any; and those of each entry."""
+    tensors, numbers = problem_of(operator, grad=False, **keywords)
+    dims = [dim if one in batched else None for one, dim in zip("xrop", (1, 0, 2, 0), strict=True)]
+    dims = dims[: len(tensors)]
+    stacked = [
+        tensor
+        if dim is None
+        else torch.stack([tensor + (0.25 * i if j != 1 else 0) for i in range(count)], dim)
+        for j, (tensor, dim) in enumerate(zip(tensors, dims, strict=True))
+    ]
+    if "r" in batched:
+        stacked[1][1, :, 0] = 0  # other images in another entry
+    entries = [
+        [a if dim is None else a.select(dim, i) for a, dim in zip(stacked, dims, strict=True)]
+        for i in range(count)
+    ]
+    return stacked, tuple(dims), entries, numbers
+
+
+@pytest.mark.parametrize("batched", ["xrop", "x", "r", "xr", "op", "xo"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_vmap(operator, batched, monkeypatch):
+    """One call for all entries, forward and backward, gives what a call for each does."""
+    stacked, dims, entries, numbers = entries_of(operator, batched)
+    if set(dims) == {None}:
+        pytest.skip("nothing with another axis")
+    call = call_of(operator, numbers)
+    places = [i for i in range(len(stacked)) if i != 1]
+
+    def loss(*tensors):
+        return call(*tensors).sin().sum()
+
+    def gradients(*tensors):
+        differentiated = [tensors[i].requires_grad_() for i in places]
+        return torch.autograd.grad(loss(*tensors), differentiated)
+
+    wanted = [(call(*entry), gradients(*[a.clone() for a in entry])) for entry in entries]
+    calls = []
+    name = BACKWARDS.get(operator, operator)
+    for function in (name, f"{name}_backward"):
+        plain = getattr(dcn_np, function)
+        monkeypatch.setattr(
+            dcn_np, function, lambda *a, plain=plain, **k: calls.append(plain.__name__) or plain(*a, **k)
+        )
+    got = torch.vmap(call, dims)(*stacked)
+    found = torch.vmap(torch.func.grad(loss, tuple(places)), dims)(*stacked)
+    assert calls == [name, name, f"{name}_backward"]
+    for i, (y, gradient) in enumerate(wanted):
+        assert torch.equal(got[i], y)
+        assert all(torch.equal(one[i], other) for one, other in zip(found, gradient, strict=True))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_vmap_over_more_images_than_a_half_can_name(operator):
+    """bfloat16 has no 257: each entry is a call of its own."""
+    stacked, dims, entries, numbers = entries_of(operator, "x", 140, dtype=torch.bfloat16)
+    call = call_of(operator, numbers)
+    got = torch.vmap(call, dims)(*stacked)
+    assert all(torch.equal(got[i], call(*entry)) for i, entry in enumerate(entries))
+    wanted = torch.func.grad(lambda *a: call(*a).sum())(*entries[139])
+    found = torch.vmap(torch.func.grad(lambda *a: call(*a).sum()), dims)(*stacked)
+    assert torch.equal(found[139], wanted)
+
+
+@pytest.mark.parametrize("image", [2, -1, 0.5, float("nan")])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_vmap_reads_no_image_of_another_entry(operator, image):
+    stacked, dims, _, numbers = entries_of(operator, "xr")
+    stacked[1][0, 2, 0] = image
+    with pytest.raises(ValueError, match=r"^rois\[2\] is"):
+        torch.vmap(call_of(operator, numbers), dims)(*stacked)
+
+
+def test_vmap_rounds_no_part_of_an_image_away():
+    """140.5 is 140 in bfloat16."""
+    stacked, dims, _, numbers = entries_of("roi_align", "xr", 100, dtype=torch.bfloat16)
+    stacked[1][70, 2, 0] = 0.5
+    with pytest.raises(ValueError, match=r"^rois\[212\] is"):
+        torch.vmap(call_of("roi_align", numbers), dims)(*stacked)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_what_does_not_fit_is_named(operator):
     (x, rois, *others), numbers = problem_of(operator, grad=False)
@@ -262,6 +344,19 @@ def test_the_loss_is_that_of_the_plain_function(dtype, weights):
 def test_gradients_of_the_loss(weights):
     features, weights = features_of(), WEIGHTS[weights](torch.float64)
     assert torch.autograd.gradcheck(lambda a, b: dcn_torch.feature_mimic_loss(a, b, weights), features)
+
+
+def test_vmap_of_the_loss():
+    features, weights = features_of(grad=False), WEIGHTS["numbers"](torch.float64)
+    stacked = [torch.stack([tensor + i for i in range(3)]) for tensor in features]
+    got = torch.vmap(dcn_torch.feature_mimic_loss, (0, 0, None))(*stacked, weights)
+    found = torch.vmap(torch.func.grad(dcn_torch.feature_mimic_loss, (0, 1)), (0, 0, None))(*stacked, weights)
+    for i in range(3):
+        entry = [tensor[i].clone().requires_grad_() for tensor in stacked]
+        loss = dcn_torch.feature_mimic_loss(*entry, weights)
+        assert torch.equal(got[i], loss)
+        for one, other in zip(found, torch.autograd.grad(loss, entry), strict=True):
+            assert torch.equal(one[i], other)
 
 
 def test_weights_have_no_gradient():
