@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy
 
+from . import cpu
 from .arrays import Array, kind_of
 from .backends import backend_of
 from .messages import dtype_wanted, listed, shown
@@ -211,11 +212,13 @@ def namespace(array: Array) -> Any:
     return importlib.import_module(type(array).__module__.partition(".")[0])
 
 
-def logistic(values: Array) -> Array:
-    """Return 1 / (1 + exp(-values)), without a power that overflows."""
+def logistic(values: Array, factor: int) -> Array:
+    """Return factor / (1 + exp(-values)); values (batch, channels, *axes) on a CPU are overwritten."""
+    if isinstance(values, numpy.ndarray):
+        return cpu.logistic(values, factor)
     xp = namespace(values)
-    power = xp.exp(-abs(values))
-    above = 1 / (1 + power)
+    power = xp.exp(-abs(values))  # never one that overflows
+    above = factor / (1 + power)
     return xp.where(values >= 0, above, power * above)
 
 

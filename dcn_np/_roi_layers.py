@@ -180,7 +180,7 @@ class _DeformRoIPool(Layer):
         offset, mask = made[:, : 2 * self._bins].reshape(-1, 2, *self.output_size), None
         if self.mask_activation is not None:
             logits = made[:, 2 * self._bins :].reshape(-1, 1, *self.output_size)
-            mask = MASK_FACTORS[self.mask_activation] * logistic(logits)
+            mask = logistic(logits, MASK_FACTORS[self.mask_activation])
         y = self._pool(x, rois, offset, mask)
         self._kept = x, offset, mask, rois, passed
         return y

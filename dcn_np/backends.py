@@ -62,6 +62,16 @@ class RoIGradients(NamedTuple):
     mask: Any = None
 
 
+class PreparedConv(Protocol):
+    """A convolution of one geometry with what its calls need, made beforehand: one call at a time."""
+
+    def run(self, x: Any, offset: Any, mask: Any, out: Any) -> Any:
+        """Compute as `Backend.deform_conv` does, with the weights and the bias as they were."""
+
+    def beside(self) -> PreparedConv:
+        """Return another for calls at the same time, with the same packed weights."""
+
+
 class Backend(Protocol):
     """The functions of a backend module; v1 is the call with mask=None, the rigid grid with offset=None."""
 
@@ -83,6 +93,14 @@ class Backend(Protocol):
         float32_matmul: str,
     ) -> Any:
         """Return the convolution, in `out` if it is not None, else in a new array in x's memory order."""
+
+    def prepare_deform_conv(
+        self, geometry: Geometry, weight: Any, bias: Any, logistic_from: int, factor: int
+    ) -> PreparedConv | None:
+        """Pack the weights and take working space; None where calls have nothing to keep.
+
+        The output's channels from `logistic_from` on are to become factor / (1 + exp(-output)).
+        """
 
     def deform_conv_backward(
         self,

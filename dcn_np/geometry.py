@@ -178,7 +178,7 @@ def check_out(
     _check_like_output(geometry, "out", out)
     if not getattr(out.flags, "writeable", True):
         raise ValueError("out is read-only; wanted an array that can be written to")
-    if _may_overlap_itself(out):
+    if not out.flags.c_contiguous and _may_overlap_itself(out):
         raise ValueError(
             f"out has strides of {out.strides} bytes for shape {out.shape}, so that elements share memory; "
             "wanted one place per element"

@@ -2,7 +2,8 @@
 
 `dcn_np.deform_conv` and its kin are functions of arrays that the caller keeps. A layer keeps them: `forward`
 remembers what `backward` needs, `backward` returns the gradient of the input and puts those of the parameters
-in `gradients`. What updates the parameters is the caller's.
+in `gradients`. What updates the parameters is the caller's. For many images of one shape, `prepare` has the
+weights packed and the memory taken once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ._layer import (
     positive,
     present,
 )
+from ._prepared import Call, DeformableCall, Preparation, RigidCall, prepared_conv
 from ._roi_layers import DeformRoIPool, ModulatedDeformRoIPool
 from .arrays import Array, on_host
 from .checkpoints import MASK_FACTORS, checked_activation
@@ -38,7 +40,7 @@ from .deform_conv import (
     modulated_deform_conv,
     modulated_deform_conv_backward,
 )
-from .geometry import Geometry
+from .geometry import Geometry, checked_integers, checked_number
 from .messages import count, shown
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ class _Conv(Layer):
 
     weight: Array
     bias: Array | None
+    _prepared: Preparation | None = None
 
     def __init__(
         self,
@@ -119,12 +122,16 @@ class _Conv(Layer):
         self.dtype = checked_dtype(dtype)
         # One pixel and one tap: what depends on the size of an image is checked when there is one.
         ones = (1,) * self.ndim
-        x = SimpleNamespace(shape=(0, self.in_channels, *ones), dtype=self.dtype)
         each = self.in_channels // self.groups
         weight = SimpleNamespace(shape=(self.out_channels, each, *ones), dtype=self.dtype)
         numbers = stride, padding, dilation, self.groups, self.offset_groups
-        window = Geometry.of((self.dtype,), x, None, None, weight, None, *numbers)
+        window = self._geometry((0, self.in_channels, *ones), weight, None, numbers)
         self.stride, self.padding, self.dilation = window.stride, window.padding, window.dilation
+
+    def _geometry(self, shape: tuple[int, ...], weight: Any, bias: Any, numbers: tuple[Any, ...]) -> Geometry:
+        """Return the sizes of a convolution of images of a shape."""
+        x = SimpleNamespace(shape=shape, dtype=self.dtype)
+        return Geometry.of((self.dtype,), x, None, None, weight, bias, *numbers)
 
     def _draw(self, bias: bool, rng: Seed) -> None:
         """Draw filters and bias as torch does: uniformly, within one over the root of the inputs of a sum."""
@@ -143,32 +150,124 @@ class _Conv(Layer):
         values = ", ".join(f"{name}={getattr(self, name)}" for name in numbers)
         return f"{type(self).__name__}({values}{'' if self.bias is not None else ', bias=False'})"
 
-    def forward(self, x: Array) -> Array:
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is prepared was made of the parameters and numbers that the layer had.
+        if self._prepared is not None and name not in ("_prepared", "_kept", "gradients"):
+            self.unprepare()
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_prepared"}
+
+    def prepare(self, input_shape: Sequence[int], *, concurrency: int = 1) -> None:
+        """Pack the weights and take all memory beforehand for images of one shape: for video and cameras.
+
+        Calls of `forward` then take this shape only, and give the bits that they gave before. With `out` they
+        allocate nothing and take no lock. They remember nothing for `backward`.
+
+        Parameters
+        ----------
+        input_shape : tuple of int
+            (batch, in_channels, *input), as of the images to come. These may lie in any memory order; one
+            that is not aligned, and an `out` whose spatial axes do not lie as one, cost a copy.
+        concurrency : int
+            How many threads may be in `forward` at the same time; one more raises RuntimeError there. Each
+            has working space of its own, and the packed weights are shared.
+
+        Raises
+        ------
+        TypeError
+            An argument of the wrong kind, or the parameters are CuPy's: on a GPU there is nothing to prepare.
+        ValueError
+            The shape does not fit the layer.
+        MemoryError
+            No memory; the layer is then not prepared.
+
+        See Also
+        --------
+        unprepare : The way back.
+        forward : What is prepared.
+
+        Notes
+        -----
+        While a layer is prepared its parameters are read-only, so that no change in place goes unnoticed:
+        call `unprepare` before it, and `prepare` after it. Setting a parameter or a number of the layer, and
+        `load_state_dict`, end the preparation. Views of a parameter that were made before can still write to
+        it, which a prepared layer does not see.
+
+        Calls run on the instruction set of the preparation, and on at most as many threads as were allowed
+        then. In a forked process they go on, as other calls do, on one thread. Copies of a layer are not
+        prepared. What a call allocates once more is threads: OpenMP starts them for the first call of each
+        thread of the program that takes several.
+
+        Examples
+        --------
+        >>> import numpy
+        >>> from dcn_np.layers import ModulatedDeformConv2d
+        >>> layer = ModulatedDeformConv2d(3, 8, 3, padding=1)
+        >>> layer.prepare((1, 3, 20, 24))
+        >>> y = numpy.empty((1, 8, 20, 24), numpy.float32)
+        >>> for frame in numpy.ones((5, 1, 3, 20, 24), numpy.float32):
+        ...     y = layer.forward(frame, out=y)
+        """
+        geometries = self._geometries(self._input_shape(input_shape))
+        concurrency = positive("concurrency", concurrency)
+        self.unprepare()
+        self._kept = None
+        call = self._prepared_call(geometries)
+        self._prepared = Preparation(geometries[0], call, concurrency, self.parameters())
+
+    def unprepare(self) -> None:
+        """Give up what `prepare` made: parameters may be written to again, and images have any shape.
+
+        See Also
+        --------
+        prepare : The way there.
+        """
+        if self._prepared is not None:
+            self._prepared.release()
+            self._prepared = None
+
+    @property
+    def prepared_shape(self) -> tuple[int, ...] | None:
+        """What shape of images the layer is prepared for; None if it is not."""
+        return None if self._prepared is None else self._prepared.shape
+
+    def forward(self, x: Array, out: Array | None = None) -> Array:
         """Return the layer's output for images, and remember what `backward` needs.
 
         Parameters
         ----------
         x : array, shape (batch, in_channels, *input)
-            The images, of the dtype, library and device of the parameters. They are kept, not copied.
+            The images, of the dtype, library and device of the parameters. They are kept, not copied. A
+            prepared layer takes images of one shape only, and keeps none.
+        out : array, shape (batch, out_channels, *output), or None
+            Where to write the output: dtype of `x`, in memory that neither images nor parameters overlap.
 
         Returns
         -------
         array, shape (batch, out_channels, *output)
-            A new array.
+            `out` if given; else a new array.
 
         Raises
         ------
         TypeError
-            `x` is no array, or of another dtype.
+            `x` or `out` is no array, or of another dtype.
         ValueError
-            The shape of `x` does not fit.
+            The shape of `x` or `out` does not fit, that of `x` is not the one that the layer is prepared for,
+            or `out` cannot be written to.
+        RuntimeError
+            As many calls run already as the layer is prepared for.
 
         See Also
         --------
         backward : The gradients.
+        prepare : For many images of one shape.
         """
+        if self._prepared is not None:
+            return self._prepared.forward(x, out)
         self._check_x(x)
-        y = deform_conv(x, None, self.weight, self.bias, *self._window())
+        y = deform_conv(x, None, self.weight, self.bias, *self._window(), out=out)
         self._kept = x, None, None
         return y
 
@@ -226,17 +325,44 @@ class _Conv(Layer):
         self._check_x(x)
         return None, None
 
+    def _remembered(self) -> tuple[Any, ...]:
+        if self._prepared is not None:
+            raise RuntimeError(
+                "the layer is prepared, and remembers nothing for backward; wanted unprepare() and forward(x)"
+            )
+        return super()._remembered()
+
     def _window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups, self.offset_groups
+
+    def _geometries(self, shape: tuple[int, ...]) -> tuple[Geometry, ...]:
+        """Return the sizes of the convolution that makes the output, and of the branch if there is one."""
+        return (self._geometry(shape, self.weight, self.bias, self._window()),)
+
+    def _prepared_call(self, geometries: tuple[Geometry, ...]) -> Call:
+        return RigidCall(prepared_conv(geometries[0], self.weight, self.bias))
+
+    def _input_shape(self, value: Sequence[int]) -> tuple[int, ...]:
+        shape = checked_integers("input_shape", value, 1)
+        if isinstance(shape, int):
+            raise TypeError(f"input_shape is {shown(value)}; {self._wanted()}")
+        self._check_shape("input_shape is", shape)
+        return tuple(checked_number(f"input_shape[{axis}]", extent, 0) for axis, extent in enumerate(shape))
 
     def _needs(self, *names: str) -> tuple[str, ...]:
         return names if self.bias is None else (*names, "bias")
 
     def _check_x(self, x: Any) -> None:
         shape = getattr(x, "shape", None)
-        wanted = f"wanted (batch, {self.in_channels}, *input) with {count(self.ndim, 'spatial axis')}"
-        if isinstance(shape, tuple) and (len(shape) != self.ndim + 2 or shape[1] != self.in_channels):
-            raise ValueError(f"x has the shape {tuple(shape)}; {wanted}")
+        if isinstance(shape, tuple):
+            self._check_shape("x has the shape", shape)
+
+    def _check_shape(self, what: str, shape: tuple[int, ...]) -> None:
+        if len(shape) != self.ndim + 2 or shape[1] != self.in_channels:
+            raise ValueError(f"{what} {tuple(shape)}; {self._wanted()}")
+
+    def _wanted(self) -> str:
+        return f"wanted (batch, {self.in_channels}, *input) with {count(self.ndim, 'spatial axis')}"
 
 
 def _kernel(value: Any, ndim: int) -> tuple[int, ...]:
@@ -365,12 +491,14 @@ class _Deformable(_Conv):
     def branch(self, x: Array) -> tuple[Array | None, Array | None]:
         self._check_x(x)
         made = deform_conv(x, None, self.conv_offset_weight, self.conv_offset_bias, *self._branch_window())
-        mask = self._factor() * logistic(made[:, self._offsets :]) if self.modulated else None
+        mask = logistic(made[:, self._offsets :], self._factor()) if self.modulated else None
         return made[:, : self._offsets], mask
 
-    def forward(self, x: Array) -> Array:
+    def forward(self, x: Array, out: Array | None = None) -> Array:
+        if self._prepared is not None:
+            return self._prepared.forward(x, out)
         offset, mask = self.branch(x)
-        y = modulated_deform_conv(x, offset, mask, self.weight, self.bias, *self._window())
+        y = modulated_deform_conv(x, offset, mask, self.weight, self.bias, *self._window(), out=out)
         self._kept = x, offset, mask
         return y
 
@@ -401,6 +529,18 @@ class _Deformable(_Conv):
 
     forward.__doc__, backward.__doc__ = _Conv.forward.__doc__, _Conv.backward.__doc__
     branch.__doc__ = _Conv.branch.__doc__
+
+    def _geometries(self, shape: tuple[int, ...]) -> tuple[Geometry, ...]:
+        branch = self.conv_offset_weight, self.conv_offset_bias, self._branch_window()
+        return (*super()._geometries(shape), self._geometry(shape, *branch))
+
+    def _prepared_call(self, geometries: tuple[Geometry, ...]) -> Call:
+        geometry, branch_geometry = geometries
+        parameters = self.conv_offset_weight, self.conv_offset_bias
+        branch = prepared_conv(branch_geometry, *parameters, self._offsets, self._factor())
+        conv = prepared_conv(geometry, self.weight, self.bias)
+        made = numpy.empty(branch_geometry.output_shape, self.dtype)
+        return DeformableCall(branch, conv, made, self._offsets)
 
     def _branch_window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, 1, 1

@@ -1,3 +1,4 @@
 #pragma once
 #include "backward.hpp"
 #include "forward.hpp"
+#include "logistic.hpp"

@@ -84,6 +84,13 @@ Status forward(const Kernels& kernels, DType dtype, const ForwardArguments& argu
   return kernels.forward[dtype][arguments.geometry.ndim - 1](arguments, team);
 }
 
+Status prepare_forward(const Kernels& kernels, DType dtype, const ForwardArguments& arguments, int threads,
+                       Interrupt interrupt, PreparedForward& prepared) {
+  prepared.threads = worthwhile_threads(arguments.geometry, threads);
+  Team team(prepared.threads, interrupt);
+  return kernels.prepare_forward[dtype][arguments.geometry.ndim - 1](arguments, team, prepared);
+}
+
 Status backward(const Kernels& kernels, DType dtype, const BackwardArguments& arguments, int threads,
                 Interrupt interrupt) {
   Team team(worthwhile_threads(arguments.geometry, threads), interrupt);
@@ -100,6 +107,11 @@ Status roi_backward(const Kernels& kernels, DType dtype, const RoIBackwardArgume
                     Interrupt interrupt) {
   Team team(worthwhile_threads(arguments.geometry, threads), interrupt);
   return kernels.roi_backward[dtype](arguments, team);
+}
+
+void logistic(const Kernels& kernels, DType dtype, const Planes& values, Storage storage,
+              const int64_t (&extents)[3], double factor) {
+  kernels.logistic[dtype](values, storage, extents, factor);
 }
 
 }  // namespace dcn

@@ -15,8 +15,12 @@ const char* half_name(int half);  // those of Storage, from its second on
 
 // Run on at most `threads` threads: fewer where the work is too small to share.
 Status forward(const Kernels&, DType, const ForwardArguments&, int threads, Interrupt);
+// For at most `threads` threads, which it notes; a call on fewer of them is fine.
+Status prepare_forward(const Kernels&, DType, const ForwardArguments&, int threads, Interrupt,
+                       PreparedForward&);
 Status backward(const Kernels&, DType, const BackwardArguments&, int threads, Interrupt);
 Status roi_forward(const Kernels&, DType, const RoIForwardArguments&, int threads, Interrupt);
 Status roi_backward(const Kernels&, DType, const RoIBackwardArguments&, int threads, Interrupt);
+void logistic(const Kernels&, DType, const Planes&, Storage, const int64_t (&extents)[3], double factor);
 
 }  // namespace dcn

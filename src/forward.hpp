@@ -11,6 +11,7 @@ struct ForwardPlan : Plan<T, NDim> {
   using Plan<T, NDim>::taps;
   using Plan<T, NDim>::positions;
 
+  const PreparedForward* prepared;  // or null
   Images<T, NDim> x;
   Panels panels;       // of the outputs of a weight group
   int64_t terms;       // of one output: taps x inputs of its group
@@ -22,6 +23,7 @@ struct ForwardPlan : Plan<T, NDim> {
 
   ForwardPlan(const ForwardArguments& arguments, int threads)
       : Plan<T, NDim>(arguments.geometry),
+        prepared(arguments.prepared),
         x(arguments.x, arguments.images, arguments.geometry.in_channels, arguments.geometry.input),
         panels(Panels::of<T>(this->group_outputs)),
         threads(threads) {
@@ -52,9 +54,21 @@ struct ForwardPlan : Plan<T, NDim> {
     return ceiling(geometry.batch * ceiling(positions, tile), threads) * (tile + kWeights);
   }
   int64_t sums_buffers() const { return this->depthwise && taps > kOutputPiece ? 2 : 1; }
-  const T* packed(const T* weights, int64_t group, int64_t panel) const {
+  size_t packed_elements() const {
+    return (this->depthwise ? geometry.in_channels : geometry.groups * panels.padded()) * terms;
+  }
+  template <class Weight>
+  Weight* packed(Weight* weights, int64_t group, int64_t panel) const {
     return weights + (group * panels.padded() + panels.first(panel)) * terms;
   }
+};
+
+template <class T, int NDim>
+struct PackedWeights {
+  T* data;
+
+  PackedWeights(const ForwardPlan<T, NDim>& plan, Workspace& space)
+      : data(space.take<T>(plan.packed_elements())) {}
 };
 
 template <class T, int NDim>
@@ -71,9 +85,8 @@ struct ForwardBuffers {
 
   ForwardBuffers(const ForwardPlan<T, NDim>& plan, Workspace& space) {
     x = space.take<T>(plan.x.buffer_elements() * plan.round_images);
-    const size_t columns =
-        plan.depthwise ? plan.geometry.in_channels : plan.geometry.groups * plan.panels.padded();
-    weights = space.take<T>(columns * plan.terms);
+    weights =
+        plan.prepared ? static_cast<T*>(plan.prepared->weights) : PackedWeights<T, NDim>(plan, space).data;
     zeros = space.take<T>(plan.geometry.in_channels);
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
@@ -112,6 +125,24 @@ void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t gro
   }
 }
 
+// All weights, in items. Per channel: [tap][channel].
+template <class T, int NDim>
+struct Packing {
+  const ForwardPlan<T, NDim>& plan;
+  const T* weight;
+  T* packed;
+
+  int64_t items() const { return plan.depthwise ? 1 : plan.geometry.groups * plan.panels.count(); }
+  void pack(int64_t item) const {
+    const int64_t panels = plan.panels.count(), group = item / panels, panel = item % panels;
+    if (plan.depthwise)
+      transpose_matrix<T>(plan.geometry.in_channels, plan.taps, weight, plan.taps, packed,
+                          plan.geometry.in_channels);
+    else
+      pack_weights(plan, weight, group, panel, plan.packed(packed, group, panel));
+  }
+};
+
 template <class T, int NDim>
 class ForwardRun {
  public:
@@ -132,23 +163,14 @@ class ForwardRun {
   const Geometry& geometry() const { return plan_.geometry; }
   T* image_buffer(int64_t slot) const { return buffers_.x + slot * plan_.x.buffer_elements(); }
 
-  // Channels-last copies of the images of a round; before the first also the packed weights.
+  // Channels-last copies of the images of a round; before the first also the packed weights, if they are not there.
   bool prepare(int64_t first, int64_t images) {
-    const int64_t copies = plan_.x.copy_items(), panels = plan_.depthwise ? 1 : plan_.panels.count();
-    const int64_t packs = first > 0 ? 0 : plan_.depthwise ? 1 : geometry().groups * panels;
+    const Packing<T, NDim> packing = {plan_, static_cast<const T*>(arguments_.weight), buffers_.weights};
+    const int64_t copies = plan_.x.copy_items(), packs = first > 0 || plan_.prepared ? 0 : packing.items();
     return team_.run(packs + copies * images, [&](int64_t item, int) {
-      if (item < packs) return pack(item / panels, item % panels);
+      if (item < packs) return packing.pack(item);
       copy(first, (item - packs) / copies, (item - packs) % copies);
     });
-  }
-
-  void pack(int64_t group, int64_t panel) {
-    const T* weight = static_cast<const T*>(arguments_.weight);
-    if (plan_.depthwise)
-      transpose_matrix<T>(geometry().in_channels, plan_.taps, weight, plan_.taps, buffers_.weights,
-                          geometry().in_channels);
-    else
-      pack_weights(plan_, weight, group, panel, const_cast<T*>(plan_.packed(buffers_.weights, group, panel)));
   }
 
   void copy(int64_t first, int64_t slot, int64_t item) {
@@ -280,10 +302,32 @@ class ForwardRun {
 
 template <class T, int NDim>
 Status forward(const ForwardArguments& arguments, Team& team) {
-  const ForwardPlan<T, NDim> plan(arguments, team.threads());
-  return with_workspace<ForwardBuffers<T, NDim>>(plan, [&](const ForwardBuffers<T, NDim>& buffers) {
+  using Buffers = ForwardBuffers<T, NDim>;
+  const PreparedForward* prepared = arguments.prepared;
+  const ForwardPlan<T, NDim> plan(arguments, prepared ? prepared->threads : team.threads());
+  const auto run = [&](const Buffers& buffers) {
     return ForwardRun<T, NDim>(arguments, plan, buffers, team).run();
-  });
+  };
+  return prepared ? on_block<Buffers>(plan, prepared->space, run) : with_workspace<Buffers>(plan, run);
+}
+
+// An x without strides is one that is not used in place: the space is then enough for any.
+template <class T, int NDim>
+Status prepare_forward(const ForwardArguments& arguments, Team& team, PreparedForward& prepared) {
+  ForwardArguments unplaced = arguments;
+  unplaced.x = {};
+  unplaced.prepared = &prepared;
+  const ForwardPlan<T, NDim> plan(unplaced, prepared.threads);
+  if (!prepared.weights) {
+    prepared.weights = take_block<PackedWeights<T, NDim>>(plan);
+    if (!prepared.weights) return Status::kOutOfMemory;
+    const Packing<T, NDim> packing = {plan, static_cast<const T*>(arguments.weight),
+                                      static_cast<T*>(prepared.weights)};
+    if (!team.run(packing.items(), [&](int64_t item, int) { packing.pack(item); }))
+      return Status::kInterrupted;
+  }
+  if (!prepared.space) prepared.space = take_block<ForwardBuffers<T, NDim>>(plan);
+  return prepared.space ? Status::kOk : Status::kOutOfMemory;
 }
 
 }  // namespace dcn::DCN_ISA

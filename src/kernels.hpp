@@ -27,6 +27,13 @@ enum DType : int {
 
 enum class Storage : int { kSame, kFloat16, kBFloat16 };
 
+// What calls of one geometry keep between them; each part is released by release().
+struct PreparedForward {
+  void* weights;  // as the kernels read them; calls side by side may share them
+  void* space;    // working space of one call at a time, whatever the strides of its arrays
+  int threads;    // the most that such a call may have
+};
+
 // x, offset, mask: see Geometry for their shapes. weight: (out_channels, in_channels / groups, taps), C
 // order. Weights, bias and their gradients are always of the kernel's type.
 struct ForwardArguments {
@@ -37,6 +44,7 @@ struct ForwardArguments {
   const void* weight;
   const void* bias;  // (out_channels), or null
   Planes output;
+  const PreparedForward* prepared;  // `weight` is then not read; null: the call does all by itself
 };
 
 // A gradient whose pointer is null is not computed.
@@ -80,14 +88,21 @@ struct RoIBackwardArguments {
 };
 
 using Forward = Status (*)(const ForwardArguments&, Team&);
+// Fills in what is null of a PreparedForward for its number of threads; of the arguments, geometry, storage and weight
+// are read. What was filled in stays, also where the rest failed.
+using PrepareForward = Status (*)(const ForwardArguments&, Team&, PreparedForward&);
 using Backward = Status (*)(const BackwardArguments&, Team&);
+// Writes factor / (1 + exp(-value)) over every value; extents: batch, channels, positions.
+using Logistic = void (*)(const Planes&, Storage, const int64_t (&extents)[3], double factor);
 using RoIForward = Status (*)(const RoIForwardArguments&, Team&);
 using RoIBackward = Status (*)(const RoIBackwardArguments&, Team&);
 
 struct Kernels {
   const char* isa;
   Forward forward[kDTypes][kMaxAxes];  // by rank - 1
+  PrepareForward prepare_forward[kDTypes][kMaxAxes];
   Backward backward[kDTypes][kMaxAxes];
+  Logistic logistic[kDTypes];
   RoIForward roi_forward[kDTypes];
   RoIBackward roi_backward[kDTypes];
 };

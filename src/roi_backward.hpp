@@ -1,20 +1,23 @@
 // Pooling over regions, backward, without atomics.
 //
-// A block of channels of a slice of an image belongs to one thread at a time, which takes the image's regions
-// in order. Three dots per bin and block are kept for a strip of regions; their sums over blocks, in order,
-// are the gradients of offsets and masks.
+// The bins of a strip of regions are located first. Then a part of the channels of a slice of an image, one
+// block or some, belongs to one thread at a time, which takes the image's regions in order. Three dots per
+// bin and block are kept; their sums over blocks, in order, are the gradients of offsets and masks.
 #pragma once
 
 #include "roi_plan.hpp"
 
 namespace dcn::DCN_ISA {
 
-// Output channels of one class.
-struct RoIBlock {
-  int64_t first, count, class_id;
+// Output channels of one class, which begin with a block.
+struct RoIPart {
+  int64_t first, count, class_id, block;
 };
 
-constexpr int kDotsPerBin = 4;  // three are used: a vector of four is what sums() gives
+// Where a bin of the first region of a strip is kept, and how far from there that of the next one.
+struct BinPlace {
+  int64_t first, step;
+};
 
 template <class T>
 struct RoIBackwardPlan : RoIPlan {
@@ -22,14 +25,15 @@ struct RoIBackwardPlan : RoIPlan {
   Storage images;
   Planes grad_output, grad_offset, grad_mask;
   bool grads_at_x, grads_at_positions;
-  int64_t class_blocks, blocks;   // of a slice
-  int64_t together, class_items;  // blocks of a class that an item takes, and items of a class
-  int64_t strip;                  // regions
-  int64_t rounds;                 // images at a time
+  int64_t class_blocks, blocks;  // of a slice
+  int64_t together;              // blocks of a part, which a thread takes at a time
+  int64_t class_parts, parts;    // of a slice
+  int64_t located_bytes;         // of a bin and its lines
+  int64_t strip;                 // regions
+  int64_t rounds;                // images at a time
   int threads;
 
-  // Blocks that share the locating of a bin: it takes a third of the time where every block locates for itself.
-  static constexpr int64_t kBlock = 2 * kLanes<T>, kTileBins = 64, kTogether = 4;
+  static constexpr int64_t kTileBins = 64;
   static_assert(kTileBins <= kCopyPixels);
 
   RoIBackwardPlan(const RoIBackwardArguments& arguments, int threads)
@@ -42,26 +46,40 @@ struct RoIBackwardPlan : RoIPlan {
         grad_mask(arguments.grad_mask),
         grads_at_x(arguments.grad_x.data),
         grads_at_positions(arguments.grad_offset.data || arguments.grad_mask.data),
-        class_blocks(ceiling(class_outputs, kBlock)),
+        class_blocks(ceiling(class_outputs, kBlock<T>)),
         blocks(class_blocks * geometry.classes),
         threads(threads) {
-    // Never less than an item for each thread, as far as there are blocks: it decides no bit.
-    const int64_t all = class_blocks * geometry.classes * x.count * geometry.batch;
-    together = clamp(least(all / (2 * threads), class_blocks), 1, kTogether);
-    class_items = ceiling(class_blocks, together);
-    constexpr int64_t kDotsBytes = 6 << 20, kLeast = 16;
-    const int64_t bytes = bins * blocks * kDotsPerBin * static_cast<int64_t>(sizeof(T)) + 1;
-    strip = grads_at_positions ? clamp(kDotsBytes / bytes, least(kLeast, geometry.rois), geometry.rois)
-                               : geometry.rois;
+    const bool enough = blocks * x.count * geometry.batch >= kTogether * threads;
+    together = enough ? kTogether : 1;
+    class_parts = ceiling(class_blocks, together);
+    parts = class_parts * geometry.classes;
+    const int64_t lines = most_lines(0) + most_lines(1);
+    located_bytes = static_cast<int64_t>(sizeof(LocatedBin<T>) + lines * sizeof(Line<T>));
+    constexpr int64_t kStripBytes = 4 << 20, kLeast = 16;
+    const int64_t dots_bytes = grads_at_positions ? class_blocks * kDotsPerBin * sizeof(T) : 0;
+    const int64_t bytes = bins * geometry.classes * (located_bytes + dots_bytes) + 1;
+    strip = clamp(kStripBytes / bytes, least(kLeast, geometry.rois), geometry.rois);
     rounds = round_images((x_elements() + grad_x_elements()) * sizeof(T), threads);
   }
   size_t x_elements() const { return grads_at_positions ? x.image_elements() : 0; }
   size_t grad_x_elements() const { return grads_at_x ? grad_x.image_elements() : 0; }
+  int64_t strip_bytes() const { return strip * bins * geometry.classes * located_bytes; }
   int64_t dots_elements() const { return grads_at_positions ? strip * bins * blocks * kDotsPerBin : 0; }
 
-  RoIBlock block(int64_t index) const {
-    const int64_t class_id = index / class_blocks, within = index % class_blocks * kBlock;
-    return {class_id * class_outputs + within, least(kBlock, class_outputs - within), class_id};
+  BinPlace place(int64_t bin) const {
+    const int64_t slice = this->slice(bin);
+    const Range rows = bins_of_part(slice / geometry.group, geometry.group, geometry.output[0]);
+    const Range columns = bins_of_part(slice % geometry.group, geometry.group, geometry.output[1]);
+    const int64_t height = rows.end - rows.first, width = columns.end - columns.first;
+    const int64_t before =
+        rows.first * geometry.output[1] + height * columns.first;  // bins of earlier slices
+    const int64_t within = (row(bin) - rows.first) * width + column(bin) - columns.first;
+    return {before * strip + within, height * width};
+  }
+  RoIPart part(int64_t index) const {
+    const int64_t class_id = index / class_parts, block = index % class_parts * together;
+    const int64_t within = block * kBlock<T>, count = least(together * kBlock<T>, class_outputs - within);
+    return {class_id * class_outputs + within, count, class_id, class_id * class_blocks + block};
   }
 };
 
@@ -74,16 +92,21 @@ struct RoIBackwardBuffers {
   T* x;
   T* grad_x;
   T* dots;
+  char* located;
+  BinPlace* places;
   PerThread* thread;
 
   RoIBackwardBuffers(const RoIBackwardPlan<T>& plan, Workspace& space) {
     x = space.take<T>(plan.rounds * plan.x_elements());
     grad_x = space.take<T>(plan.rounds * plan.grad_x_elements());
     dots = space.take<T>(plan.dots_elements());
+    located = space.take<char>(plan.strip_bytes());
+    places = space.take<BinPlace>(plan.bins);
+    for (int64_t bin = 0; places && bin < plan.bins; ++bin) places[bin] = plan.place(bin);
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
       const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
-                              space.take<T>(plan.kTileBins * plan.kBlock * plan.together)};
+                              space.take<T>(plan.kTileBins * kBlock<T> * plan.together)};
       if (thread) thread[i] = mine;
     }
   }
@@ -114,9 +137,9 @@ class RoIBackwardRun {
     return team_.run(items * images_, [&](int64_t item, int) {
       const int64_t slot = item / items, at = item % items, slice = at % slices();
       if (at < x_items)
-        for_each_block([&](const RoIBlock& block) {
+        for_each_part([&](const RoIPart& part) {
           plan_.x.slice(slice).copy_in(first_image_ + slot, at / slices(),
-                                       plan_.x.buffer(buffers_.x, slot, slice), block.first, block.count);
+                                       plan_.x.buffer(buffers_.x, slot, slice), part.first, part.count);
         });
       else
         clear(slot, (at - x_items) % slices(), (at - x_items) / slices() * kCopyPixels, pixels);
@@ -124,9 +147,9 @@ class RoIBackwardRun {
   }
 
   void clear(int64_t slot, int64_t slice, int64_t first, int64_t pixels) {
-    for_each_block([&](const RoIBlock& block) {
-      clear_pixels<T>(view(plan_.grad_x, buffers_.grad_x, slot, slice, block), plan_.geometry.input, first,
-                      least(first + kCopyPixels, pixels), block.count);
+    for_each_part([&](const RoIPart& part) {
+      clear_pixels<T>(view(plan_.grad_x, buffers_.grad_x, slot, slice, part), plan_.geometry.input, first,
+                      least(first + kCopyPixels, pixels), part.count);
     });
   }
 
@@ -134,78 +157,82 @@ class RoIBackwardRun {
     const int64_t items = plan_.grads_at_x ? plan_.grad_x.copy_items() : 0;
     return team_.run(items * images_, [&](int64_t item, int) {
       const int64_t slot = item / items, slice = item % items % slices();
-      for_each_block([&](const RoIBlock& block) {
+      for_each_part([&](const RoIPart& part) {
         plan_.grad_x.slice(slice).copy_out(first_image_ + slot, item % items / slices(),
-                                           plan_.grad_x.buffer(buffers_.grad_x, slot, slice), block.first,
-                                           block.count);
+                                           plan_.grad_x.buffer(buffers_.grad_x, slot, slice), part.first,
+                                           part.count);
       });
     });
   }
 
   template <class Body>
-  void for_each_block(const Body& body) const {
-    for (int64_t index = 0; index < plan_.blocks; ++index) body(plan_.block(index));
+  void for_each_part(const Body& body) const {
+    for (int64_t index = 0; index < plan_.parts; ++index) body(plan_.part(index));
   }
 
-  Pixels<2> view(const Slices<T>& images, T* buffer, int64_t slot, int64_t slice,
-                 const RoIBlock& block) const {
-    return images.view(first_image_ + slot, buffer, slot, slice, block.first, block.count);
+  Pixels<2> view(const Slices<T>& images, T* buffer, int64_t slot, int64_t slice, const RoIPart& part) const {
+    return images.view(first_image_ + slot, buffer, slot, slice, part.first, part.count);
   }
 
   bool strips() {
     const int64_t begin = plan_.begins[first_image_], end = plan_.begins[first_image_ + images_];
     for (int64_t first = begin; first < end; first += plan_.strip) {
       const int64_t last = least(first + plan_.strip, end);
-      const int64_t items = plan_.geometry.classes * plan_.class_items;  // of a slice
-      const bool finished = team_.run(items * slices() * images_, [&](int64_t item, int thread) {
-        const int64_t image_slice = item / items, class_id = item % items / plan_.class_items;
-        const int64_t within = item % plan_.class_items * plan_.together;
-        visit_blocks(image_slice / slices(), image_slice % slices(), class_id * plan_.class_blocks + within,
-                     least(plan_.together, plan_.class_blocks - within), first, last, thread);
+      const int64_t items = plan_.parts * slices() * images_;
+      const bool finished = locate(first, last) && team_.run(items, [&](int64_t item, int thread) {
+        const int64_t image_slice = item / plan_.parts;
+        visit_part(image_slice / slices(), image_slice % slices(), item % plan_.parts, first, last, thread);
       });
       if (!finished || !combine(first, last)) return false;
     }
     return true;
   }
 
-  // A block of an item: its pixels, and the gradients of a tile of bins.
+  // The bins of regions of an image, for every class.
+  bool locate(int64_t first, int64_t last) {
+    return team_.run(last - first, [&](int64_t item, int thread) {
+      for (int64_t class_id = 0; class_id < plan_.geometry.classes; ++class_id) {
+        Patch<T> patch(plan_, buffers_.thread[thread].patch, plan_.order[first + item]);
+        for (int64_t bin = 0; bin < plan_.bins; ++bin) {
+          if (plan_.grads_at_positions)
+            patch.template locate<true>(bin, class_id);
+          else
+            patch.template locate<false>(bin, class_id);
+          patch.keep(located(item, bin, class_id));
+        }
+      }
+    });
+  }
+  LocatedBin<T>& located(int64_t region, int64_t bin, int64_t class_id) const {
+    const int64_t index = place(region, bin) * plan_.geometry.classes + class_id;
+    return *reinterpret_cast<LocatedBin<T>*>(buffers_.located + index * plan_.located_bytes);
+  }
+
+  // The pixels of a part of the channels.
   struct Visited {
-    RoIBlock block;
-    int64_t index;
+    RoIPart part;
     Pixels<2> x, grad_x;
-    T* gradients;
   };
 
-  // `count` blocks of a class; the regions first to last, in the order by images, that lie in the image.
-  void visit_blocks(int64_t slot, int64_t slice, int64_t index, int64_t count, int64_t first, int64_t last,
-                    int thread) {
+  // The regions first to last, in the order by images, that lie in the image.
+  void visit_part(int64_t slot, int64_t slice, int64_t index, int64_t first, int64_t last, int thread) {
     const int64_t begin = plan_.begins[first_image_ + slot], end = plan_.begins[first_image_ + slot + 1];
-    Visited blocks[RoIBackwardPlan<T>::kTogether];
-    for (int64_t i = 0; i < count; ++i) {
-      const RoIBlock block = plan_.block(index + i);
-      blocks[i] = {
-          block, index + i, {}, {}, buffers_.thread[thread].gradients + i * plan_.kTileBins * plan_.kBlock};
-      if (plan_.grads_at_positions) blocks[i].x = view(plan_.x, buffers_.x, slot, slice, block);
-      if (plan_.grads_at_x) blocks[i].grad_x = view(plan_.grad_x, buffers_.grad_x, slot, slice, block);
-    }
-    const int64_t class_id = blocks[0].block.class_id;
-    for (int64_t at = begin > first ? begin : first; at < least(end, last); ++at) {
-      Patch<T> patch(plan_, buffers_.thread[thread].patch, plan_.order[at]);
+    const RoIPart part = plan_.part(index);
+    Visited visited = {part, {}, {}};
+    if (plan_.grads_at_positions) visited.x = view(plan_.x, buffers_.x, slot, slice, part);
+    if (plan_.grads_at_x) visited.grad_x = view(plan_.grad_x, buffers_.grad_x, slot, slice, part);
+    T* gradients = buffers_.thread[thread].gradients;
+    for (int64_t at = begin > first ? begin : first; at < least(end, last); ++at)
       for_each_tile(slice, [&](int64_t bin, int64_t bins) {
         if (!team_.keep_going(thread)) return;
-        for (int64_t b = 0; b < count; ++b)
-          copy_gradients(plan_.order[at], bin, bins, blocks[b].block, blocks[b].gradients);
+        copy_gradients(plan_.order[at], bin, bins, part, gradients);
+        const int64_t next = at + 1 < least(end, last) ? plan_.order[at + 1] : plan_.order[at];
         for (int64_t i = 0; i < bins; ++i) {
-          if (plan_.grads_at_positions)
-            patch.template locate<true>(bin + i, class_id);
-          else
-            patch.template locate<false>(bin + i, class_id);
-          for (int64_t b = 0; b < count; ++b)
-            visit(patch, blocks[b], blocks[b].gradients + i * blocks[b].block.count,
-                  dots_of(at - first, bin + i, blocks[b].index));
+          prefetch_gradients(next, bin + i, part);
+          visit(located(at - first, bin + i, part.class_id), visited, gradients + i * part.count,
+                dots_of(at - first, bin + i, part.block));
         }
       });
-    }
   }
 
   // Calls body(first bin, count) for runs of the bins that read a slice.
@@ -224,49 +251,60 @@ class RoIBackwardRun {
         body(row * width + first, least(plan_.kTileBins, columns.end - first));
   }
 
-  void copy_gradients(int64_t roi, int64_t bin, int64_t count, const RoIBlock& block, T* to) const {
+  void copy_gradients(int64_t roi, int64_t bin, int64_t count, const RoIPart& part, T* to) const {
     const Planes& from = plan_.grad_output;
-    char* data = from.data + roi * from.batch + block.first * from.channel + bin * from.position;
+    char* data = from.data + roi * from.batch + part.first * from.channel + bin * from.position;
     const StoredMatrix<T> stored = {data, from.position, from.channel, plan_.images};
-    stored.copy_to(count, block.count, {to, block.count, 1});
+    stored.copy_to(count, part.count, {to, part.count, 1});
   }
 
-  void visit(const Patch<T>& patch, const Visited& visited, const T* gradient, T* dots) const {
-    const int64_t channels = visited.block.count;
-    if (!patch.touches) {
-      if (plan_.grads_at_positions) __builtin_memset(dots, 0, kDotsPerBin * sizeof(T));
-      return;
-    }
-    if (plan_.grads_at_positions) {
-      if (patch.plain())
-        dot_patch<T, true>(patch.rows, patch.columns, visited.x, channels, gradient, dots);
-      else
-        dot_patch<T, false>(patch.rows, patch.columns, visited.x, channels, gradient, dots);
-    }
+  // A bin's share of what will be copied of the next region, while there is other work.
+  DCN_INLINE void prefetch_gradients(int64_t roi, int64_t bin, const RoIPart& part) const {
+    const Planes& from = plan_.grad_output;
+    const int64_t bytes = part.count * static_cast<int64_t>(sizeof(T));
+    const int64_t step = from.channel < from.position ? from.position : bytes;
+    prefetch_lines<false>(from.data + roi * from.batch + part.first * from.channel + bin * step, bytes);
+  }
+
+  void visit(const LocatedBin<T>& bin, const Visited& visited, const T* gradient, T* dots) const {
+    const int64_t channels = visited.part.count;
+    const auto visit = [&](auto function) {
+      function(bin, visited.x, visited.grad_x, channels, gradient, dots);
+    };
+    if (!plan_.grads_at_positions) return visit(visit_patch<T, true, false>);
     if (plan_.grads_at_x)
-      scatter_patch<T>(patch.rows, patch.columns, visited.grad_x, channels, gradient,
-                       patch.inverse * patch.mask);
+      visit(visit_patch<T, true, true>);
+    else
+      visit(visit_patch<T, false, true>);
+    for (int64_t c = 0; c < channels; c += kBlock<T>, dots += kDotsPerBin) {
+      if (dots[0] == dots[0] && dots[1] == dots[1] && dots[2] == dots[2]) continue;
+      Pixels<2> x = visited.x;
+      x.data += c * static_cast<int64_t>(sizeof(T));
+      dot_patch<T>(bin, x, least(kBlock<T>, channels - c), gradient + c, dots);
+    }
   }
 
   T* dots_of(int64_t region, int64_t bin, int64_t block) const {
-    return buffers_.dots + ((region * plan_.bins + bin) * plan_.blocks + block) * kDotsPerBin;
+    return buffers_.dots + (place(region, bin) * plan_.blocks + block) * kDotsPerBin;
+  }
+
+  // Of a bin of a strip. Those that one thread visits lie together: by slice, then by region.
+  int64_t place(int64_t region, int64_t bin) const {
+    return buffers_.places[bin].first + region * buffers_.places[bin].step;
   }
 
   bool combine(int64_t first, int64_t last) {
     if (!plan_.grads_at_positions) return true;
-    return team_.run(last - first, [&](int64_t item, int thread) {
+    return team_.run(last - first, [&](int64_t item, int) {
       const int64_t roi = plan_.order[first + item];
-      Patch<T> patch(plan_, buffers_.thread[thread].patch, roi);
       if (plan_.grad_mask.data)
-        for (int64_t bin = 0; bin < plan_.bins; ++bin) {
-          patch.template locate<false>(bin, 0);
-          put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, gradients(patch, item, bin, 0).mask);
-        }
-      if (plan_.grad_offset.data) combine_offsets(patch, item, roi);
+        for (int64_t bin = 0; bin < plan_.bins; ++bin)
+          put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, gradients(item, bin, 0).mask);
+      if (plan_.grad_offset.data) combine_offsets(item, roi);
     });
   }
 
-  void combine_offsets(Patch<T>& patch, int64_t item, int64_t roi) {
+  void combine_offsets(int64_t item, int64_t roi) {
     const RoIGeometry& geometry = plan_.geometry;
     for (int64_t class_id = 0; class_id < geometry.classes; ++class_id)
       for (int64_t part = 0; part < geometry.part[0] * geometry.part[1]; ++part) {
@@ -276,8 +314,7 @@ class RoIBackwardRun {
         for (int64_t row = rows.first; row < rows.end; ++row)
           for (int64_t column = columns.first; column < columns.end; ++column) {
             const int64_t bin = row * geometry.output[1] + column;
-            patch.template locate<false>(bin, class_id);
-            const BinGradients grads = gradients(patch, item, bin, class_id);
+            const BinGradients grads = gradients(item, bin, class_id);
             y += grads.y, x += grads.x;
           }
         put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id, part, x);
@@ -288,17 +325,18 @@ class RoIBackwardRun {
   struct BinGradients {
     T mask, y, x;
   };
-  BinGradients gradients(const Patch<T>& patch, int64_t region, int64_t bin, int64_t class_id) const {
+  BinGradients gradients(int64_t region, int64_t bin, int64_t class_id) const {
     const T nan = static_cast<T>(DCN_NAN);
-    if (patch.is_nan) return {nan, nan, nan};
-    if (!patch.touches) return {0, 0, 0};
+    const LocatedBin<T>& at = located(region, bin, class_id);
+    if (at.is_nan) return {nan, nan, nan};
+    if (!at.touches) return {0, 0, 0};
     T totals[3] = {};
     for (int64_t i = 0; i < plan_.class_blocks; ++i) {
       const T* dots = dots_of(region, bin, class_id * plan_.class_blocks + i);
       for (int k = 0; k < 3; ++k) totals[k] += dots[k];
     }
-    return {patch.inverse * totals[0], patch.mask * (patch.slope_scale(0) * totals[1]),
-            patch.mask * (patch.slope_scale(1) * totals[2])};
+    return {at.inverse * totals[0], at.mask * (at.slope_scale[0] * totals[1]),
+            at.mask * (at.slope_scale[1] * totals[2])};
   }
 
   const RoIBackwardPlan<T>& plan_;

@@ -89,8 +89,9 @@ class RoIForwardRun {
     const auto& mine = buffers_.thread[thread];
     const int64_t image = static_cast<int64_t>(plan_.rois[roi * 5]), outputs = plan_.geometry.outputs;
     Patch<T> patch(plan_, mine.patch, roi);
+    constexpr int64_t kPolledBins = 8;  // to ask takes as long as a small bin
     for (int64_t i = 0; i < count; ++i) {
-      if (!team_.keep_going(thread)) return;
+      if (i % kPolledBins == 0 && !team_.keep_going(thread)) return;
       for (int64_t class_id = 0; class_id < plan_.geometry.classes; ++class_id) {
         const int64_t channel = class_id * plan_.class_outputs;
         patch.template locate<false>(first + i, class_id);

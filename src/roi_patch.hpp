@@ -10,6 +10,13 @@
 
 namespace dcn::DCN_ISA {
 
+// A block of channels has dots of its own, so that bits do not depend on how many a thread takes at a time.
+constexpr int kBlockVectors = 2;
+template <class T>
+constexpr int kBlock = kBlockVectors * kLanes<T>;
+constexpr int kTogether = 2;    // blocks
+constexpr int kDotsPerBin = 4;  // three are used: a vector of four is what sums() gives
+
 template <class T>
 struct Line {
   int64_t index;  // of the row or column of x
@@ -24,7 +31,6 @@ struct Lines {
   int64_t count;
   double samples;  // what the axis contributes to the number of samples of the average
   bool weighs;     // a line has a weight
-  bool plain;      // every line has a weight and a slope
 
   // Ascending samples touch no line but the last two again.
   DCN_INLINE int64_t line_of(int64_t index) {
@@ -62,12 +68,10 @@ struct Lines {
  private:
   void finish() {
     weighs = false;
-    plain = true;
     for (int64_t i = 0; i < count; ++i) {
       line[i].weight = static_cast<T>(sums[0][i]);
       line[i].slope = static_cast<T>(sums[1][i]);
       weighs |= line[i].weight != 0;
-      plain &= line[i].weight != 0 && line[i].slope != 0;
     }
   }
 };
@@ -124,100 +128,151 @@ void average_patch(const Lines<T>& rows, const Lines<T>& columns, const Pixels<2
   });
 }
 
-// dots[0..2] = <gradient, sum over the patch of w * x>, w being the weights, the weights with slopes for rows,
-// and with slopes for columns. A line whose factor is 0 is left out (0 * Inf would be NaN); with kPlain no
-// factor is.
-//
-// This and scatter_patch are functions of their own, whatever gradients are asked for: the compiler fuses
-// products with additions as the code around lets it, and bits must not depend on that.
-template <class T, bool kPlain>
-[[gnu::noinline]] void dot_patch(const Lines<T>& rows, const Lines<T>& columns, const Pixels<2>& x,
-                                 int64_t channels, const T* gradient, T* dots) {
-  const auto step = [&](auto lanes, auto vectors, int64_t c,
-                        auto(&products)[4]) __attribute__((always_inline)) {
-    constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
-    using V = Vec<T, width>;
-    V totals[3][n] = {};
-    for_each_piece(rows.count, columns.count, [&](int64_t r, int64_t last_row, int64_t first, int64_t last) {
-      V pieces[3][n] = {};
-      for (; r < last_row; ++r) {
-        const Line<T>& row = rows.line[r];
-        const char* line = x.data + row.index * x.axis[0] + c * static_cast<int64_t>(sizeof(T));
-        V weighed[n] = {}, moved[n] = {};
-        for (int64_t i = first; i < last; ++i) {
-          const Line<T>& column = columns.line[i];
-          const T* pixel = reinterpret_cast<const T*>(line + column.index * x.axis[1]);
-          const V weight = broadcast<V>(column.weight), slope = broadcast<V>(column.slope);
-#pragma GCC unroll 2
-          for (int k = 0; k < n; ++k) {
-            const V value = load<V>(pixel + k * width);
-            if (kPlain || column.weight != 0) weighed[k] += weight * value;
-            if (kPlain || column.slope != 0) moved[k] += slope * value;
-          }
-        }
-        const V weight = broadcast<V>(row.weight), slope = broadcast<V>(row.slope);
-#pragma GCC unroll 2
-        for (int k = 0; k < n; ++k) {
-          if (kPlain || row.weight != 0) pieces[0][k] += weight * weighed[k];
-          if (kPlain || row.slope != 0) pieces[1][k] += slope * weighed[k];
-          if (kPlain || row.weight != 0) pieces[2][k] += weight * moved[k];
-        }
-      }
-#pragma GCC unroll 3
-      for (int j = 0; j < 3; ++j)
-#pragma GCC unroll 2
-        for (int k = 0; k < n; ++k) totals[j][k] += pieces[j][k];
-    });
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j)
-#pragma GCC unroll 2
-      for (int k = 0; k < n; ++k) products[j] += load<V>(gradient + c + k * width) * totals[j][k];
-  };
+// A bin as it was located, for all blocks of channels. Its lines follow in memory, those of rows first.
+template <class T>
+struct LocatedBin {
+  int64_t rows, columns;  // how many lines; none unless it touches
+  bool is_nan, touches;
+  T inverse, mask;
+  T slope_scale[2];  // d coordinate / d offset, over the number of samples; y is axis 0
+
+  Line<T>* row() { return reinterpret_cast<Line<T>*>(this + 1); }
+  const Line<T>* row() const { return reinterpret_cast<const Line<T>*>(this + 1); }
+  Line<T>* column() { return row() + rows; }
+  const Line<T>* column() const { return row() + rows; }
+};
+
+// Dots of each block, where step(lanes, vectors, channel, totals) adds those of totals' blocks to the first
+// three of each, lane by lane.
+template <class T, class Step>
+DCN_INLINE void add_up_dots(int64_t channels, const Step& step, T* dots) {
   constexpr int whole = kLanes<T>;
-  Vec<T, 4> total = {};
   int64_t done = 0;
-  if (channels >= whole) {
-    Vec<T, whole> products[4] = {};
-    for (; done + 2 * whole <= channels; done += 2 * whole) step(Lanes<whole>{}, Lanes<2>{}, done, products);
-    for (; done + whole <= channels; done += whole) step(Lanes<whole>{}, Lanes<1>{}, done, products);
-    total = sums<T, whole, 4>(products);
-  }
-  for_each_vector<T, (whole > 1 ? whole / 2 : 1)>(channels - done, [&](auto lanes, int64_t c) {
+  const auto whole_blocks = [&](auto together) __attribute__((always_inline)) {
+    constexpr int n = decltype(together)::count;
+    for (; done + n * kBlock<T> <= channels; done += n * kBlock<T>) {
+      Vec<T, whole> totals[n][kDotsPerBin] = {};
+      step(Lanes<whole>{}, Lanes<kBlockVectors>{}, done, totals);
+      for (int b = 0; b < n; ++b, dots += kDotsPerBin) store(dots, sums<T, whole, kDotsPerBin>(totals[b]));
+    }
+  };
+  whole_blocks(Lanes<kTogether>{});
+  whole_blocks(Lanes<1>{});
+  if (done == channels) return;
+  Vec<T, kDotsPerBin> total = {};
+  for_each_vector<T>(channels - done, [&](auto lanes, int64_t c) {
     constexpr int some = decltype(lanes)::count;
-    Vec<T, some> products[4] = {};
-    step(lanes, Lanes<1>{}, done + c, products);
-    total += sums<T, some, 4>(products);
+    Vec<T, some> totals[1][kDotsPerBin] = {};
+    step(lanes, Lanes<1>{}, done + c, totals);
+    total += sums<T, some, kDotsPerBin>(totals[0]);
   });
   store(dots, total);
 }
 
-// grad_x += gradient * factor * weights, over the patch.
-template <class T>
-[[gnu::noinline]] void scatter_patch(const Lines<T>& rows, const Lines<T>& columns, const Pixels<2>& grad_x,
-                                     int64_t channels, const T* gradient, T factor) {
-  for_each_block_of_vectors<T, 2>(
-      channels, [&](auto lanes, auto vectors, int64_t c) __attribute__((always_inline)) {
-        constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
-        using V = Vec<T, width>;
-        for (int64_t r = 0; r < rows.count; ++r) {
-          const Line<T>& row = rows.line[r];
-          if (row.weight == 0) continue;
-          char* line = grad_x.data + row.index * grad_x.axis[0] + c * static_cast<int64_t>(sizeof(T));
-          V part[n];
+// grad_x += gradient * factor * weights over the patch, where asked for; a line of weight 0 is left out.
+//
+// dots[0..2] = sum over the patch of w * <gradient, x>, w being the weights, the weights with slopes for
+// rows, and with slopes for columns. No line is left out: 0 * Inf gives NaN, and so does Inf - Inf where the
+// gradient is infinite. Then dot_patch has what is meant.
+//
+// Bits must not depend on which gradients are asked for: hence multiply_add.
+template <class T, bool kScatter, bool kDots>
+[[gnu::noinline]] void visit_patch(const LocatedBin<T>& bin, const Pixels<2>& x, const Pixels<2>& grad_x,
+                                   int64_t channels, const T* gradient, T* dots) {
+  const T factor = bin.inverse * bin.mask;
+  const auto step = [&](auto lanes, auto vectors, int64_t c, auto& totals) __attribute__((always_inline)) {
+    constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
+    constexpr int blocks = sizeof(totals) / sizeof(totals[0]);
+    using V = Vec<T, width>;
+    V gradients[blocks * n];
+#pragma GCC unroll 8
+    for (int k = 0; k < blocks * n; ++k) gradients[k] = load<V>(gradient + c + k * width);
+    for_each_piece(bin.rows, bin.columns, [&](int64_t r, int64_t last_row, int64_t first, int64_t last) {
+      V pieces[blocks][3] = {};
+      for (; r < last_row; ++r) {
+        const Line<T>& row = bin.row()[r];
+        const int64_t channel = c * static_cast<int64_t>(sizeof(T));
+        const char* x_line = x.data + row.index * x.axis[0] + channel;
+        char* grad_line = grad_x.data + row.index * grad_x.axis[0] + channel;
+        const T row_factor = factor * row.weight;
+        V weighed[blocks] = {}, moved[blocks] = {};
+        for (int64_t i = first; i < last; ++i) {
+          const Line<T>& column = bin.column()[i];
+          if (kScatter && row.weight != 0 && column.weight != 0) {
+            T* pixel = reinterpret_cast<T*>(grad_line + column.index * grad_x.axis[1]);
+            const V weight = broadcast<V>(row_factor * column.weight);
+#pragma GCC unroll 8
+            for (int k = 0; k < blocks * n; ++k)
+              store(pixel + k * width, multiply_add(gradients[k], weight, load<V>(pixel + k * width)));
+          }
+          if constexpr (kDots) {
+            const T* pixel = reinterpret_cast<const T*>(x_line + column.index * x.axis[1]);
 #pragma GCC unroll 2
-          for (int k = 0; k < n; ++k)
-            part[k] = load<V>(gradient + c + k * width) * broadcast<V>(factor * row.weight);
-          for (int64_t i = 0; i < columns.count; ++i) {
-            const Line<T>& column = columns.line[i];
-            if (column.weight == 0) continue;
-            T* pixel = reinterpret_cast<T*>(line + column.index * grad_x.axis[1]);
-            const V weight = broadcast<V>(column.weight);
-#pragma GCC unroll 2
-            for (int k = 0; k < n; ++k)
-              store(pixel + k * width, load<V>(pixel + k * width) + part[k] * weight);
+            for (int b = 0; b < blocks; ++b) {
+              V product = {};
+#pragma GCC unroll 4
+              for (int k = b * n; k < b * n + n; ++k)
+                product = multiply_add(gradients[k], load<V>(pixel + k * width), product);
+              weighed[b] = multiply_add(product, broadcast<V>(column.weight), weighed[b]);
+              moved[b] = multiply_add(product, broadcast<V>(column.slope), moved[b]);
+            }
           }
         }
+        if constexpr (kDots) {
+#pragma GCC unroll 2
+          for (int b = 0; b < blocks; ++b) {
+            pieces[b][0] = multiply_add(weighed[b], broadcast<V>(row.weight), pieces[b][0]);
+            pieces[b][1] = multiply_add(weighed[b], broadcast<V>(row.slope), pieces[b][1]);
+            pieces[b][2] = multiply_add(moved[b], broadcast<V>(row.weight), pieces[b][2]);
+          }
+        }
+      }
+#pragma GCC unroll 2
+      for (int b = 0; b < blocks; ++b)
+#pragma GCC unroll 3
+        for (int j = 0; j < 3; ++j) totals[b][j] += pieces[b][j];
+    });
+  };
+  if constexpr (kDots) return add_up_dots(channels, step, dots);
+  for_each_block_of_vectors<T, kBlockVectors * kTogether>(channels, [&](auto lanes, auto vectors, int64_t c) {
+    Vec<T, decltype(lanes)::count> none[1][kDotsPerBin] = {};
+    step(lanes, vectors, c, none);
+  });
+}
+
+// The same dots = <gradient, sum over the patch of w * x>, and a line whose factor is 0 is left out.
+template <class T>
+[[gnu::noinline]] void dot_patch(const LocatedBin<T>& bin, const Pixels<2>& x, int64_t channels,
+                                 const T* gradient, T* dots) {
+  const auto step = [&](auto lanes, auto vectors, int64_t c, auto& products) __attribute__((always_inline)) {
+    constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
+    constexpr int blocks = sizeof(products) / sizeof(products[0]);
+    using V = Vec<T, width>;
+    for (int k = 0; k < blocks * n; ++k) {
+      const int64_t channel = c + k * width;
+      V totals[3] = {};
+      for_each_piece(bin.rows, bin.columns, [&](int64_t r, int64_t last_row, int64_t first, int64_t last) {
+        V pieces[3] = {};
+        for (; r < last_row; ++r) {
+          const Line<T>& row = bin.row()[r];
+          const char* line = x.data + row.index * x.axis[0] + channel * static_cast<int64_t>(sizeof(T));
+          V weighed = {}, moved = {};
+          for (int64_t i = first; i < last; ++i) {
+            const Line<T>& column = bin.column()[i];
+            const V value = load<V>(reinterpret_cast<const T*>(line + column.index * x.axis[1]));
+            if (column.weight != 0) weighed += broadcast<V>(column.weight) * value;
+            if (column.slope != 0) moved += broadcast<V>(column.slope) * value;
+          }
+          if (row.weight != 0) pieces[0] += broadcast<V>(row.weight) * weighed;
+          if (row.slope != 0) pieces[1] += broadcast<V>(row.slope) * weighed;
+          if (row.weight != 0) pieces[2] += broadcast<V>(row.weight) * moved;
+        }
+        for (int j = 0; j < 3; ++j) totals[j] += pieces[j];
       });
+      for (int j = 0; j < 3; ++j) products[k / n][j] += load<V>(gradient + channel) * totals[j];
+    }
+  };
+  add_up_dots(channels, step, dots);
 }
 
 }  // namespace dcn::DCN_ISA

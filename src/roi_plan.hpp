@@ -71,6 +71,17 @@ struct RoIPlan {
   int64_t slice(int64_t bin) const {
     return cell_of_bin(geometry, row(bin), column(bin), geometry.group, geometry.group);
   }
+  // The most lines that a bin has in an axis: a sample touches two.
+  int64_t most_lines(int axis) const {
+    double samples = static_cast<double>(geometry.samples);
+    for (int64_t roi = 0; geometry.samples == 0 && roi < geometry.rois; ++roi) {
+      const double* corners = rois + roi * 5 + 1;
+      const RoIAxis y_or_x(geometry, corners[1 - axis], corners[3 - axis], axis);
+      if (y_or_x.samples > samples) samples = y_or_x.samples;
+    }
+    const int64_t extent = geometry.input[axis];
+    return 2 * samples < static_cast<double>(extent) ? static_cast<int64_t>(2 * samples) : extent;
+  }
   // Images whose copies, `bytes` each, exist at the same time.
   int64_t round_images(size_t bytes, int threads) const {
     constexpr size_t kRoundBytes = 2 << 20;
@@ -158,16 +169,23 @@ class Patch {
     touches = columns.weighs;
     if (touches) samples_ = rows.samples * columns.samples, inverse = static_cast<T>(1 / samples_);
   }
-  bool plain() const { return rows.plain && columns.plain; }
-  // d coordinate / d offset, over the number of samples; y is axis 0.
-  T slope_scale(int axis) const {
-    return static_cast<T>(plan_.geometry.offset_scale * (axis == 0 ? y_ : x_).size / samples_);
+  // What locate() found.
+  void keep(LocatedBin<T>& bin) const {
+    bin.is_nan = is_nan, bin.touches = touches, bin.mask = mask, bin.rows = bin.columns = 0;
+    if (!touches) return;
+    bin.inverse = inverse;
+    for (int axis = 0; axis < 2; ++axis)
+      bin.slope_scale[axis] =
+          static_cast<T>(plan_.geometry.offset_scale * (axis == 0 ? y_ : x_).size / samples_);
+    bin.rows = rows.count, bin.columns = columns.count;
+    for (int64_t i = 0; i < rows.count; ++i) bin.row()[i] = rows.line[i];
+    for (int64_t i = 0; i < columns.count; ++i) bin.column()[i] = columns.line[i];
   }
 
  private:
   static Lines<T> lines(const RoIPlan& plan, const PatchBuffers<T>& buffers, int axis) {
     double* sums = buffers.sums[axis];
-    return {buffers.lines[axis], {sums, sums + plan.geometry.input[axis]}, 0, 0, false, false};
+    return {buffers.lines[axis], {sums, sums + plan.geometry.input[axis]}, 0, 0, false};
   }
   double offset(int64_t bin, int64_t class_id, int64_t channel) const {
     if (!plan_.offset.data) return 0;

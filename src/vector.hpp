@@ -64,6 +64,17 @@ DCN_INLINE V broadcast(T value) {
   return value - V{};
 }
 
+// a * b + c, rounded once where the processor can. Compilers see to that for vectors, but may first put two single
+// numbers into a vector, as the code around lets them.
+template <class V>
+DCN_INLINE V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+#if defined(__FMA__) || defined(__aarch64__)
+DCN_INLINE float multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+DCN_INLINE double multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
+
 // Numbers that follow each other, each a factor of vectors: one of them, or as many as are best loaded together.
 template <class T>
 struct Factor {

@@ -1,4 +1,5 @@
-// One allocation per call, made before any thread starts: out of memory is then an answer and never an abort.
+// One allocation per call, made before any thread starts: out of memory is then an answer and never an abort. Prepared
+// calls find it made.
 #pragma once
 
 #include "parallel.hpp"
@@ -31,19 +32,30 @@ class Workspace {
   size_t used_ = 0;
 };
 
-// Lays out a `Buffers` (built from a Workspace&), runs body(buffers) on it and frees the memory.
-template <class Buffers, class Plan, class Body>
-Status with_workspace(const Plan& plan, const Body& body) {
+// Takes a block that holds a `Buffers` (built from a Workspace&); null where there is no memory.
+template <class Buffers, class Plan>
+char* take_block(const Plan& plan) {
   Workspace count;
   Buffers measured(plan, count);
-  if (!count.possible()) return Status::kOutOfMemory;
-  char* block = static_cast<char*>(allocate(count.used() + 64));
-  if (!block) return Status::kOutOfMemory;
-  Workspace space(block);
+  return count.possible() ? static_cast<char*>(allocate(count.used() + 64)) : nullptr;
+}
+
+// Lays out a `Buffers` on a block of it and runs body(buffers).
+template <class Buffers, class Plan, class Body>
+Status on_block(const Plan& plan, void* block, const Body& body) {
+  Workspace space(static_cast<char*>(block));
   Buffers buffers(plan, space);
-  const bool finished = body(buffers);
+  return body(buffers) ? Status::kOk : Status::kInterrupted;
+}
+
+// The same on a block of its own, which is freed.
+template <class Buffers, class Plan, class Body>
+Status with_workspace(const Plan& plan, const Body& body) {
+  char* block = take_block<Buffers>(plan);
+  if (!block) return Status::kOutOfMemory;
+  const Status status = on_block<Buffers>(plan, block, body);
   release(block);
-  return finished ? Status::kOk : Status::kInterrupted;
+  return status;
 }
 
 }  // namespace DCN_NAMESPACE

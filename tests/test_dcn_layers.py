@@ -4,12 +4,13 @@ import sys
 import zipfile
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from calls import python
 
 import dcn_np
-from dcn_np import layers, reference
+from dcn_np import cpu, layers, reference
 from dcn_np.checkpoints import DeformConvWeights, layer_from
 from dcn_np.layers import Conv1d, Conv2d, Conv3d, DeformConv2d, ModulatedDeformConv1d, ModulatedDeformConv2d
 
@@ -114,6 +115,60 @@ def test_all_is_of_the_dtype_of_the_layer(kind, dtype):
     results = [y, layer.backward(y), *layer.gradients.values(), *layer.parameters().values()]
     assert {array.dtype for array in results} == {np.dtype(dtype)}
     assert list(layer.gradients) == list(layer.parameters())
+
+
+def true_logistic(values):
+    """The logistic function in more digits than any result has."""
+    power = np.exp(-np.abs(values.astype(np.longdouble)))
+    return np.where(values >= 0, 1 / (1 + power), power / (1 + power))
+
+
+SPREAD = np.concatenate([np.random.default_rng(11).normal(0, scale, 4001) for scale in (0.1, 1, 10, 40, 300)])
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_masks_are_the_logistic_function_within_three_units_of_the_last_place(isa, dtype, factor):
+    values = SPREAD.astype(dtype).reshape(1, 5, -1)
+    want = factor * true_logistic(values)
+    error = np.abs(cpu.logistic(values.copy(), factor) - want) / np.spacing(want.astype(dtype))
+    assert error.max() < 3
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_masks_in_half_precision_are_rounded_once(isa, dtype):
+    values = SPREAD.astype(dtype).reshape(1, 5, -1)
+    found = cpu.logistic(values.copy(), 2)
+    assert found.dtype == dtype
+    in_float32 = cpu.logistic(values.astype(np.float32), 2)
+    np.testing.assert_array_equal(found.view(np.uint16), in_float32.astype(dtype).view(np.uint16))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_masks_at_the_ends_of_the_numbers(isa, dtype):
+    largest = np.finfo(dtype).max
+    ends = np.array([0, -0.0, np.inf, -np.inf, largest, -largest, np.nan, -np.nan], dtype)
+    want = [0.5, 0.5, 1, 0, 1, 0, np.nan, np.nan]
+    for size in range(1, 40):  # in whole registers and what is left over
+        found = cpu.logistic(np.resize(ends, (1, 1, size)), 1)
+        np.testing.assert_array_equal(found[0, 0], np.resize(want, size))
+
+
+@pytest.mark.parametrize("order", ["planes", "channels last", "of a wider array", "every second pixel"])
+def test_masks_do_not_depend_on_how_they_lie(isa, order):
+    values = np.random.default_rng(12).normal(0, 3, (2, 3, 5, 7)).astype(np.float32)
+    wide = np.zeros((2, 8, 5, 7), np.float32)
+    wide[:, 5:] = values
+    laid = {
+        "planes": values.copy(),
+        "channels last": values.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2),
+        "of a wider array": wide[:, 5:],
+        "every second pixel": values.repeat(2, axis=3)[..., ::2],
+    }
+    np.testing.assert_array_equal(
+        cpu.logistic(laid[order], 1), cpu.logistic(values.reshape(1, 1, -1), 1).reshape(values.shape)
+    )
+    assert not wide[:, :5].any()
 
 
 # ---- gradients

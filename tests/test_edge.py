@@ -66,6 +66,20 @@ def test_files_give_the_answers_of_arrays(suffix, tmp_path, network, drawn):
     assert said(network, read) == said(network, drawn)
 
 
+def test_a_prepared_network_gives_the_bits_of_another_until_it_reads_others(network, drawn):
+    state, image = network.state_dict(), run.as_input(frames.on_canvas(drawn[0])[None])
+    other = networks.Network(run.VARIANT)
+    other.load_state_dict(state)
+    other.prepare(image.shape)
+    for _ in range(2):
+        np.testing.assert_array_equal(other.logits(image), network.logits(image))
+    with pytest.raises(ValueError, match="the layer is prepared for"):
+        other.logits(image.repeat(2, axis=0))
+    other.load_state_dict({key: -value for key, value in state.items()})
+    assert not np.array_equal(other.logits(image), network.logits(image))
+    assert len(other.logits(image.repeat(2, axis=0))) == 2
+
+
 def test_drawn_digits_are_told(network):
     found = frames.drawn(runs.read_weights()[2])
     answers = list(run.answers(network, (next(found) for _ in range(100))))
@@ -265,6 +279,6 @@ def test_the_verdict_on_memory():
     peaks = {"numpy": 20 * 2**20, "imports": 30 * 2**20, "network": 31 * 2**20, "frames": 33 * 2**20}
     text = run.memory(peaks, 2**20)
     assert "33.0 MiB: 20.0 of numpy's import, 10.0 of dcn_np's" in text
-    assert "1.0 of the network's weights, 2.0 of the frames" in text
+    assert "1.0 of the network, 2.0 of the frames" in text
     assert text.endswith("missed by 11.0 MiB")
     assert run.memory(peaks, 7 * 2**20).endswith("reached")

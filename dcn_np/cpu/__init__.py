@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 
 from .._requirements import engine_problem
-from ..backends import Gradients, RoIGradients
+from ..backends import Gradients, PreparedConv, RoIGradients
 from ..geometry import Geometry, half_dtypes
 from ..roi_geometry import RoIGeometry
 from ..threads import get_num_threads
@@ -145,6 +145,45 @@ def deform_conv(
         _bits(result),
     )
     return _copied(result, out)
+
+
+class _PreparedConv:
+    """For as many threads as a call made here and now may use, or fewer; on the instruction set of now."""
+
+    def __init__(
+        self, geometry: Geometry, native: _native.PreparedForward, arguments: tuple[Any, ...]
+    ) -> None:
+        self._geometry, self._native, self._arguments = geometry, native, arguments
+
+    def beside(self) -> _PreparedConv:
+        native = _native.PreparedForward(self._native, *self._arguments)
+        return _PreparedConv(self._geometry, native, self._arguments)
+
+    def run(self, x: Any, offset: Any, mask: Any, out: Any) -> Any:
+        if out is None:
+            out = _empty_like(x, self._geometry.output_shape)
+        result = _flat_place(out)
+        # What one thread computes does not pay for asking how many there may be.
+        threads = 1 if self._native.threads == 1 else get_num_threads()
+        self._native.run(threads, _bits(_in_elements(x)), _bits(offset), _bits(mask), _bits(result))
+        return _copied(result, out)
+
+
+def prepare_deform_conv(
+    geometry: Geometry, weight: Any, bias: Any, logistic_from: int, factor: int
+) -> PreparedConv | None:
+    """Pack the weights and take working space, for any memory order of x."""
+    how, kept = _how(geometry), None if bias is None else _wide(bias).copy()
+    native = _native.PreparedForward(None, *how, _wide(weight), kept, logistic_from, factor)
+    return _PreparedConv(geometry, native, (*how, None, kept, logistic_from, factor))
+
+
+def logistic(values: Any, factor: int) -> Any:
+    """Write the logistic function over the values; a copy of them where their axes do not lie as one."""
+    values = _flat(values)
+    storage = _storage(values.dtype)
+    _native.logistic(_isa(), _DTYPES[_FLOAT32 if storage else values.dtype], storage, _bits(values), factor)
+    return values
 
 
 def deform_conv_backward(

@@ -14,6 +14,26 @@ def deform_conv(
     bias: Any,
     output: Any,
 ) -> None: ...
+
+class PreparedForward:
+    def __new__(
+        cls,
+        beside: PreparedForward | None,
+        isa: int,
+        dtype: int,
+        images: int,
+        positions: int,
+        threads: int,
+        geometry: Any,
+        weight: Any,
+        bias: Any,
+        logistic_from: int,
+        factor: float,
+    ) -> PreparedForward: ...
+    @property
+    def threads(self) -> int: ...
+    def run(self, threads: int, x: Any, offset: Any, mask: Any, output: Any) -> None: ...
+
 def deform_conv_backward(
     isa: int,
     dtype: int,
@@ -62,6 +82,7 @@ def roi_pool_backward(
     grad_offset: Any,
     grad_mask: Any,
 ) -> None: ...
+def logistic(isa: int, dtype: int, storage: int, values: Any, factor: float) -> None: ...
 def isas() -> list[tuple[str, bool]]: ...
 def dtypes() -> list[str]: ...
 def halves() -> list[str]: ...

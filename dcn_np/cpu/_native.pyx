@@ -15,6 +15,9 @@ cdef extern from "Python.h" nogil:
 cdef extern from "geometry.hpp" namespace "dcn" nogil:
     cdef struct Geometry:
         int64_t ndim
+        int64_t batch
+        int64_t out_channels
+        int64_t[3] output
 
 
 cdef extern from "roi_geometry.hpp" namespace "dcn" nogil:
@@ -54,6 +57,7 @@ cdef extern from "parallel.hpp" namespace "dcn" nogil:
     int hardware_threads() noexcept
     void set_process_threads(int) noexcept
     void run_serially() noexcept
+    void release(void*) noexcept
 
 
 cdef extern from "dispatch.hpp" namespace "dcn" nogil:
@@ -62,6 +66,11 @@ cdef extern from "dispatch.hpp" namespace "dcn" nogil:
 
     cdef enum class Storage(int):
         kSame
+
+    cdef struct PreparedMemory "dcn::PreparedForward":
+        void* weights
+        void* space
+        int threads
 
     cdef struct ForwardArguments:
         Geometry geometry
@@ -73,6 +82,7 @@ cdef extern from "dispatch.hpp" namespace "dcn" nogil:
         const void* weight
         const void* bias
         Planes output
+        const PreparedMemory* prepared
 
     cdef struct BackwardArguments:
         Geometry geometry
@@ -123,9 +133,15 @@ cdef extern from "dispatch.hpp" namespace "dcn" nogil:
     int half_count() noexcept
     const char* half_name(int) noexcept
     Status forward(const Kernels&, DType, const ForwardArguments&, int, Interrupt) noexcept
+    Status prepare_forward(
+        const Kernels&, DType, const ForwardArguments&, int, Interrupt, PreparedMemory&
+    ) noexcept
     Status backward(const Kernels&, DType, const BackwardArguments&, int, Interrupt) noexcept
     Status roi_forward(const Kernels&, DType, const RoIForwardArguments&, int, Interrupt) noexcept
     Status roi_backward(const Kernels&, DType, const RoIBackwardArguments&, int, Interrupt) noexcept
+    void fill_logistic "dcn::logistic"(
+        const Kernels&, DType, const Planes&, Storage, const int64_t (&)[3], double
+    ) noexcept
 
 
 cdef extern from "xla.hpp" namespace "dcn::xla" nogil:
@@ -151,6 +167,17 @@ cdef Interrupt interrupt() noexcept nogil:
     return value
 
 
+cdef void planes_of(const Py_buffer* view, Planes* to) noexcept:
+    # The axes must lie as one: the distance of positions is that of the last axis longer than 1.
+    cdef int axis = view.ndim - 1
+    while axis > 2 and view.shape[axis] == 1:
+        axis -= 1
+    to.data = <char*> view.buf
+    to.batch = view.strides[0]
+    to.channel = view.strides[1]
+    to.position = view.strides[axis]
+
+
 cdef class Buffers:
     """The buffers of one call: taken one by one, released together."""
 
@@ -158,8 +185,12 @@ cdef class Buffers:
     cdef int count
 
     def __dealloc__(self):
+        self.release()
+
+    cdef void release(self) noexcept:
         for i in range(self.count):
             PyBuffer_Release(&self.views[i])
+        self.count = 0
 
     cdef Py_buffer* take(self, object array, bint writable=False) except NULL:
         cdef Py_buffer* view = &self.views[self.count]
@@ -180,18 +211,9 @@ cdef class Buffers:
         return 0
 
     cdef int planes(self, object array, Planes* to, bint writable=False) except -1:
-        # The axes must lie as one: the distance of positions is that of the last axis longer than 1.
         memset(to, 0, sizeof(Planes))
-        if array is None:
-            return 0
-        cdef Py_buffer* view = self.take(array, writable)
-        cdef int axis = view.ndim - 1
-        while axis > 2 and view.shape[axis] == 1:
-            axis -= 1
-        to.data = <char*> view.buf
-        to.batch = view.strides[0]
-        to.channel = view.strides[1]
-        to.position = view.strides[axis]
+        if array is not None:
+            planes_of(self.take(array, writable), to)
         return 0
 
     cdef void* data(self, object array, bint writable=False) except? NULL:
@@ -245,10 +267,97 @@ def deform_conv(
     buffers.planes(mask, &arguments.mask)
     arguments.weight = buffers.data(weight)
     arguments.bias = buffers.data(bias)
+    arguments.prepared = NULL
     buffers.planes(output, &arguments.output, True)
     with nogil:
         status = forward(isa_kernels(isa)[0], <DType> dtype, arguments, threads, interrupt())
     finish(status)
+
+
+cdef class PreparedForward:
+    """The packed weights and the working space of calls of one geometry, made one at a time.
+
+    Most arguments are those of `deform_conv`. `weight` is packed; or, if that is not None, what `beside` has
+    packed is used, whose calls may run at the same time. `bias` is kept and read by every call. The output's
+    channels from `logistic_from` on go through `factor` times the logistic function.
+    """
+
+    cdef ForwardArguments arguments
+    cdef PreparedMemory memory
+    cdef int isa
+    cdef int dtype
+    cdef int64_t logistic_from
+    cdef double factor
+    cdef Buffers constants
+    cdef Buffers buffers
+    cdef PreparedForward packed  # whose weights these are, if not its own
+    cdef cbool owns_weights
+
+    def __cinit__(
+        self, PreparedForward beside, int isa, int dtype, int images, int positions, int threads, geometry,
+        weight, bias, int64_t logistic_from, double factor,
+    ):
+        cdef Buffers given = Buffers()
+        cdef Status status
+        self.isa, self.dtype = isa, dtype
+        self.logistic_from, self.factor = logistic_from, factor
+        self.constants, self.buffers = Buffers(), Buffers()
+        self.arguments.geometry = given.geometry(geometry)
+        self.arguments.images = <Storage> images
+        self.arguments.positions = <Storage> positions
+        self.arguments.weight = given.data(weight)
+        self.arguments.bias = self.constants.data(bias)
+        if beside is not None:
+            self.packed = beside if beside.packed is None else beside.packed
+            self.memory.weights = self.packed.memory.weights
+        self.owns_weights = beside is None
+        with nogil:
+            status = prepare_forward(
+                isa_kernels(isa)[0], <DType> dtype, self.arguments, threads, interrupt(), self.memory
+            )
+        self.arguments.weight = NULL
+        self.arguments.prepared = &self.memory
+        finish(status)
+
+    def __dealloc__(self):
+        release(self.memory.space)
+        if self.owns_weights:
+            release(self.memory.weights)
+
+    @property
+    def threads(self):
+        """The most threads that a call may have."""
+        return self.memory.threads
+
+    def run(self, int threads, x, offset, mask, output):
+        """Write the convolution to `output`, as `deform_conv` does, and allocate nothing."""
+        cdef Status status
+        try:
+            self.buffers.array(x, &self.arguments.x)
+            self.buffers.planes(offset, &self.arguments.offset)
+            self.buffers.planes(mask, &self.arguments.mask)
+            self.buffers.planes(output, &self.arguments.output, True)
+            with nogil:
+                status = forward(
+                    isa_kernels(self.isa)[0], <DType> self.dtype, self.arguments,
+                    min(threads, self.memory.threads), interrupt(),
+                )
+                if status == Status.kOk:
+                    self.make_masks()
+            finish(status)
+        finally:
+            self.buffers.release()
+
+    cdef void make_masks(self) noexcept nogil:
+        cdef const Geometry* geometry = &self.arguments.geometry
+        cdef Planes made = self.arguments.output
+        cdef int64_t[3] extents
+        extents[0], extents[1] = geometry.batch, geometry.out_channels - self.logistic_from
+        extents[2] = geometry.output[0] * geometry.output[1] * geometry.output[2]
+        made.data += self.logistic_from * made.channel
+        fill_logistic(
+            isa_kernels(self.isa)[0], <DType> self.dtype, made, self.arguments.images, extents, self.factor
+        )
 
 
 def deform_conv_backward(
@@ -318,6 +427,23 @@ def roi_pool_backward(
     with nogil:
         status = roi_backward(isa_kernels(isa)[0], <DType> dtype, arguments, threads, interrupt())
     finish(status)
+
+
+def logistic(int isa, int dtype, int storage, values, double factor):
+    """Write factor / (1 + exp(-value)) over each of the values, which need a flat position axis."""
+    cdef Py_buffer view
+    cdef Planes planes
+    cdef int64_t[3] extents
+    PyObject_GetBuffer(values, &view, PyBUF_STRIDES | PyBUF_WRITABLE)
+    try:
+        planes_of(&view, &planes)
+        extents[0], extents[1], extents[2] = view.shape[0], view.shape[1], 1
+        for axis in range(2, view.ndim):
+            extents[2] *= view.shape[axis]
+        with nogil:
+            fill_logistic(isa_kernels(isa)[0], <DType> dtype, planes, <Storage> storage, extents, factor)
+    finally:
+        PyBuffer_Release(&view)
 
 
 def isas():

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy
 
-from ..backends import Gradients, RoIGradients
+from ..backends import Gradients, PreparedConv, RoIGradients
 from ..geometry import Geometry, half_dtypes
 from ..roi_geometry import RoIGeometry
 from . import engine, regions
@@ -42,6 +42,13 @@ def deform_conv(
 
     with on_device_of(x) as device:
         return engine.deform_conv(device, geometry, x, offset, mask, weight, bias, out, float32_matmul)
+
+
+def prepare_deform_conv(
+    geometry: Geometry, weight: Any, bias: Any, logistic_from: int, factor: int
+) -> PreparedConv | None:
+    """Return None: kernels pack nothing for later, and CuPy's pool keeps memory."""
+    return None
 
 
 def deform_conv_backward(

@@ -28,6 +28,7 @@ class Network:
         state: Mapping[str, Array] | None = None,
     ) -> None:
         self.layers: dict[str, Any] = {}
+        self.outputs: dict[str, Array] = {}  # of prepared convolutions
         if state is None:
             self._draw(variant, seed, dtype)
             return
@@ -48,12 +49,22 @@ class Network:
             layer.weight *= math.sqrt(6)  # from a variance of 1 / (3 fan_in) to 2 / fan_in
             layer.bias[:] = 0
 
+    def prepare(self, shape: tuple[int, ...]) -> None:
+        """Let the layers pack their weights and take their memory, for images (batch, 1, height, width)."""
+        *convs, (_, classifier) = self.layers.items()
+        x = numpy.zeros(shape, classifier.dtype)
+        for name, conv in convs:
+            conv.prepare(x.shape)
+            x = self.outputs[name] = conv.forward(x)
+        classifier.prepare((*x.shape[:2], 1, 1))
+
     def forward(self, x: Array) -> Array:
         """Return the logits (batch, CLASSES) of images (batch, 1, height, width)."""
-        *convs, classifier = self.layers.values()
+        *convs, (_, classifier) = self.layers.items()
         self.rectified = []
-        for conv in convs:
-            x = numpy.maximum(conv.forward(x), 0)
+        for name, conv in convs:
+            y = conv.forward(x, out=self.outputs.get(name))
+            x = numpy.maximum(y, 0, out=y)
             self.rectified.append(x)
         return classifier.forward(x.mean(axis=(2, 3), keepdims=True))[:, :, 0, 0]
 

@@ -52,10 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Read the network, answer, and print."""
+    """Read the network and prepare it, answer, and print."""
     peaks = {"imports": peak_memory()}
     states, _, originals = read_weights()
     network = Network(VARIANT, state=states[VARIANT])
+    network.prepare((1, 1, CANVAS, CANVAS))
     peaks["network"] = peak_memory()
     print(f"{VARIANT}, {dcn_np.get_num_threads()} threads, {dcn_np.isa()}")
     seconds = []
@@ -103,7 +104,7 @@ def memory(peaks: Mapping[str, int], layer: int) -> str:
     goal = numpys + 2 * layer / MIB
     return (
         f"peak memory {all_:.1f} MiB: {numpys:.1f} of numpy's import, {imports - numpys:.1f} of dcn_np's and "
-        f"the example's, {read - imports:.1f} of the network's weights, {all_ - read:.1f} of the frames\n"
+        f"the example's, {read - imports:.1f} of the network, {all_ - read:.1f} of the frames\n"
         f"goal {goal:.1f} MiB, numpy's import and twice the {layer} bytes of the largest layer's input and "
         f"output: {'reached' if all_ <= goal else f'missed by {all_ - goal:.1f} MiB'}"
     )
