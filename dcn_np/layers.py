@@ -325,12 +325,12 @@ class _Conv(Layer):
         self._check_x(x)
         return None, None
 
-    def _remembered(self) -> tuple[Any, ...]:
+    def _remembered(self, wanting: str = "backward") -> tuple[Any, ...]:
         if self._prepared is not None:
             raise RuntimeError(
-                "the layer is prepared, and remembers nothing for backward; wanted unprepare() and forward(x)"
+                f"the layer is prepared, and remembers nothing for {wanting}; wanted unprepare() and forward(x)"
             )
-        return super()._remembered()
+        return super()._remembered(wanting)
 
     def _window(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.groups, self.offset_groups
