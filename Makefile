@@ -56,6 +56,11 @@ lint: $(VENV)/ready-dev
 types: $(VENV)/ready-dev
 	$(BIN)/mypy
 
+# The site, into build/docs. (A folder has the name, too.)
+.PHONY: docs
+docs: $(VENV)/ready-docs
+	$(BIN)/python tools/build_docs.py
+
 bench: $(VENV)/ready-bench
 	$(BIN)/python -m dcn_np bench
 
@@ -94,6 +99,7 @@ $(BIN)/python:
 $(VENV)/ready: EXTRAS = demo,test
 $(VENV)/ready-dev: EXTRAS = dev
 $(VENV)/ready-bench: EXTRAS = bench
-$(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-bench: $(SOURCES) | $(BIN)/python
+$(VENV)/ready-docs: EXTRAS = docs
+$(VENV)/ready $(VENV)/ready-dev $(VENV)/ready-bench $(VENV)/ready-docs: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@

@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = NDArray[Any]
 
+__all__ = [
+    "DeformConvWeights",
+    "RoIPoolWeights",
+    "layer_from",
+    "layers_from",
+    "mask_channels",
+    "offset_channels",
+    "roi_pool_from",
+]
+
 MaskActivation: TypeAlias = Literal["sigmoid", "2*sigmoid"]
 
 # What makes masks of a branch's output is this times the logistic function.

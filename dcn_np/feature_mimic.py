@@ -109,8 +109,8 @@ def feature_mimic_loss_backward(
 
     Notes
     -----
-    With a and b the two features, grad_a = -weight * (b / |b| - cos(a, b) * a / |a|) / |a|. It is orthogonal
-    to a: the loss does not see lengths.
+    With a and b the two features, ``grad_a = -weight * (b / |b| - cos(a, b) * a / |a|) / |a|``. It is
+    orthogonal to a: the loss does not see lengths.
 
     References
     ----------

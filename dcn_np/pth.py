@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 
 from .messages import count, listed, number, shown
 
+__all__ = ["read_pth", "state_dict_of"]
+
 Array: TypeAlias = NDArray[Any]
 
 # What torch calls each storage, and the dtype of its entries; for bfloat16 see _kind.

@@ -59,7 +59,7 @@ sample_per_part : int
 trans_std : float
     A bin moves by trans_std * (region's size) * offset.""",
     "class_offset": """
-offset : array, shape (R, 2 * classes, \\*part_size), or None
+offset : array, shape (R, 2 * classes, *part_size), or None
     How far the bins move, as a part of the region's size, before `trans_std`. Channel 2k is x and channel 2k
     + 1 is y of class k; a class is output_dim / classes channels of the result. None leaves the bins in
     place.""",

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from .geometry import checked_integers, numbers_per_axis, pads_per_axis
 from .messages import count
 
+__all__ = ["required_halo"]
+
 Array: TypeAlias = NDArray[Any]
 Pairs: TypeAlias = tuple[tuple[int, int], ...]
 

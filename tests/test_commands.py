@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy
 import pytest
@@ -299,16 +298,3 @@ def test_an_unknown_command_is_a_usage_error(arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-
-
-# the README
-
-
-@pytest.mark.parametrize("section", ["First result", "What a network sees"])
-def test_an_example_of_the_readme_prints_what_it_says(section, capsys):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    code, printed = re.search(
-        rf"## {section}\n.*?```python\n(.*?)```\n\nprints\n\n```text\n(.*?)```", readme, re.DOTALL
-    ).groups()
-    exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out == printed

@@ -123,7 +123,7 @@ def effective_receptive_field(
         field[p] = mean over images of || d node / d image[:, p] ||
 
     with the norm over channels. Sizes are averaged, not gradients, so that images do not cancel. The papers
-    do not say how channels become one number; for one channel all norms are |d node / d image[p]|.
+    do not say how channels become one number; for one channel all norms are ``|d node / d image[p]|``.
 
     References
     ----------

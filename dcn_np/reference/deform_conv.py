@@ -252,9 +252,10 @@ def error_scales(
 ) -> dict[str, Array]:
     """The size that rounding errors of each result are measured in: the sum of the sizes of its terms.
 
-    A result r is accurate to n units if |r - exact| <= n * u * scale, u the unit roundoff of the dtype. For
-    y the scale is the sum over channels and taps of |weight * mask| times the largest corner of the sample,
-    plus |bias|; the gradients' scales follow the same rule. Values that are not finite count as 0.
+    A result r is accurate to n units if ``|r - exact| <= n * u * scale``, u the unit roundoff of the dtype.
+    For y the scale is the sum over channels and taps of ``|weight * mask|`` times the largest corner of the
+    sample, plus ``|bias|``; the gradients' scales follow the same rule. Values that are not finite count as
+    0.
 
     Returns
     -------
