@@ -327,7 +327,8 @@ class _Conv(Layer):
 
     def _remembered(self, wanting: str = "backward") -> tuple[Any, ...]:
         if self._prepared is not None:
-            raise RuntimeError(f"the layer is prepared and keeps nothing for {wanting}; wanted unprepare() first")
+            problem = f"the layer is prepared and keeps nothing for {wanting}"
+            raise RuntimeError(f"{problem}; wanted unprepare() first")
         return super()._remembered(wanting)
 
     def _window(self) -> tuple[Any, ...]:

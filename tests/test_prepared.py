@@ -347,7 +347,7 @@ def test_a_prepared_layer_remembers_nothing_for_backward():
     y = layer.forward(x)
     layer.prepare(x.shape)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="the layer is prepared, and remembers nothing for backward"):
+        with pytest.raises(RuntimeError, match="the layer is prepared and keeps nothing for backward"):
             layer.backward(y)
         layer.forward(x)
     layer.unprepare()
