@@ -66,11 +66,11 @@ template <class T, int NDim>
 struct Displacement {
   Planes offset, mask;
   Storage storage;
-  int64_t planes;  // taps of this group and those after it
+  int64_t taps_ahead;  // those of this group and of all after it
 
   Displacement(Planes offset, Planes mask, Storage storage, int64_t taps, int64_t image, int64_t group,
                int64_t groups)
-      : offset(offset), mask(mask), storage(storage), planes((groups - group) * taps) {
+      : offset(offset), mask(mask), storage(storage), taps_ahead((groups - group) * taps) {
     if (offset.data) this->offset.data += image * offset.batch + group * taps * NDim * offset.channel;
     if (mask.data) this->mask.data += image * mask.batch + group * taps * mask.channel;
   }
@@ -89,7 +89,7 @@ struct Displacement {
   // for the processor to foresee.
   template <bool kWrite = false>
   DCN_INLINE void prefetch(int64_t tap, int64_t position, int64_t count) const {
-    if (tap >= planes) return;
+    if (tap >= taps_ahead) return;
     for (int axis = 0; axis < NDim; ++axis) prefetch<kWrite>(offset, tap * NDim + axis, position, count);
     prefetch<kWrite>(mask, tap, position, count);
   }
