@@ -67,13 +67,14 @@ struct RoIBackwardPlan : RoIPlan {
   int64_t dots_elements() const { return grads_at_positions ? strip * bins * blocks * kDotsPerBin : 0; }
 
   BinPlace place(int64_t bin) const {
-    const int64_t slice = this->slice(bin);
+    const int64_t row = bin / geometry.output[1], column = bin % geometry.output[1];
+    const int64_t slice = this->slice(row, column);
     const Range rows = bins_of_part(slice / geometry.group, geometry.group, geometry.output[0]);
     const Range columns = bins_of_part(slice % geometry.group, geometry.group, geometry.output[1]);
     const int64_t height = rows.end - rows.first, width = columns.end - columns.first;
     const int64_t before =
         rows.first * geometry.output[1] + height * columns.first;  // bins of earlier slices
-    const int64_t within = (row(bin) - rows.first) * width + column(bin) - columns.first;
+    const int64_t within = (row - rows.first) * width + column - columns.first;
     return {before * strip + within, height * width};
   }
   RoIPart part(int64_t index) const {
@@ -105,7 +106,7 @@ struct RoIBackwardBuffers {
     for (int64_t bin = 0; places && bin < plan.bins; ++bin) places[bin] = plan.place(bin);
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
-      const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
+      const PerThread mine = {PatchBuffers<T>(plan, space),
                               space.take<T>(plan.kTileBins * kBlock<T> * plan.together)};
       if (thread) thread[i] = mine;
     }
@@ -296,30 +297,28 @@ class RoIBackwardRun {
   bool combine(int64_t first, int64_t last) {
     if (!plan_.grads_at_positions) return true;
     return team_.run(last - first, [&](int64_t item, int) {
-      const int64_t roi = plan_.order[first + item];
-      if (plan_.grad_mask.data)
-        for (int64_t bin = 0; bin < plan_.bins; ++bin)
-          put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, gradients(item, bin, 0).mask);
-      if (plan_.grad_offset.data) combine_offsets(item, roi);
+      for (int64_t class_id = 0; class_id < plan_.geometry.classes; ++class_id)
+        combine(item, plan_.order[first + item], class_id);
     });
   }
 
-  void combine_offsets(int64_t item, int64_t roi) {
+  // Masks are of bins, and there is one class then; offsets are of parts.
+  void combine(int64_t region, int64_t roi, int64_t class_id) {
     const RoIGeometry& geometry = plan_.geometry;
-    for (int64_t class_id = 0; class_id < geometry.classes; ++class_id)
-      for (int64_t part = 0; part < geometry.part[0] * geometry.part[1]; ++part) {
-        const Range rows = bins_of_part(part / geometry.part[1], geometry.part[0], geometry.output[0]);
-        const Range columns = bins_of_part(part % geometry.part[1], geometry.part[1], geometry.output[1]);
-        T y = 0, x = 0;
-        for (int64_t row = rows.first; row < rows.end; ++row)
-          for (int64_t column = columns.first; column < columns.end; ++column) {
-            const int64_t bin = row * geometry.output[1] + column;
-            const BinGradients grads = gradients(item, bin, class_id);
-            y += grads.y, x += grads.x;
-          }
-        put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id, part, x);
-        put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id + 1, part, y);
-      }
+    for (int64_t part = 0; part < geometry.part[0] * geometry.part[1]; ++part) {
+      const Range rows = bins_of_part(part / geometry.part[1], geometry.part[0], geometry.output[0]);
+      const Range columns = bins_of_part(part % geometry.part[1], geometry.part[1], geometry.output[1]);
+      T y = 0, x = 0;
+      for (int64_t row = rows.first; row < rows.end; ++row)
+        for (int64_t column = columns.first; column < columns.end; ++column) {
+          const int64_t bin = row * geometry.output[1] + column;
+          const BinGradients grads = gradients(region, bin, class_id);
+          y += grads.y, x += grads.x;
+          put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, grads.mask);
+        }
+      put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id, part, x);
+      put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id + 1, part, y);
+    }
   }
 
   struct BinGradients {

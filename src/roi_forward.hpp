@@ -10,7 +10,7 @@ struct RoIForwardPlan : RoIPlan {
   Slices<T> x;
   Storage images;
   Planes output;
-  int64_t tile_bins, tiles;  // a tile is a run of bins of one region
+  int64_t tile_bins, tiles;  // a tile is a run of bins of one region and one band
   int64_t tile_stride;       // from bin to bin, in elements
   int64_t rounds;            // images at a time
   int threads;
@@ -26,8 +26,14 @@ struct RoIForwardPlan : RoIPlan {
     static_assert(kMostBins <= kCopyPixels);
     const int64_t fitting = kTileBytes / (tile_stride * static_cast<int64_t>(sizeof(T)) + 1);
     tile_bins = clamp(fitting, 8, kMostBins);
-    tiles = ceiling(bins, tile_bins);
+    const int64_t bands = geometry.group;
+    tiles = ceiling(ceiling(geometry.output[0], bands) * geometry.output[1], tile_bins);
     rounds = round_images(x.image_elements() * sizeof(T), threads);
+  }
+  // The bins that read one row of slices.
+  Range band(int64_t index) const {
+    const Range rows = bins_of_part(index, geometry.group, geometry.output[0]);
+    return {rows.first * geometry.output[1], rows.end * geometry.output[1]};
   }
 };
 
@@ -44,7 +50,7 @@ struct RoIForwardBuffers {
     x = space.take<T>(plan.rounds * plan.x.image_elements());
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
-      const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
+      const PerThread mine = {PatchBuffers<T>(plan, space),
                               space.take<T>(plan.tile_bins * plan.tile_stride)};
       if (thread) thread[i] = mine;
     }
@@ -70,18 +76,22 @@ class RoIForwardRun {
   bool copy(int64_t first, int64_t end) {
     const int64_t items = plan_.x.copy_items();
     return team_.run(items * (end - first), [&](int64_t item, int) {
-      const int64_t image = first + item / items, slice = item % items % plan_.x.count;
+      const int64_t image = first + item / items, per_slice = items / plan_.x.count;
+      const int64_t slice = item % items / per_slice;
       if (plan_.begins[image] == plan_.begins[image + 1]) return;
-      plan_.x.slice(slice).copy_in(image, item % items / plan_.x.count,
-                                   plan_.x.buffer(buffers_.x, image - first, slice), 0, plan_.x.channels);
+      plan_.x.slice(slice).copy_in(image, item % per_slice, plan_.x.buffer(buffers_.x, image - first, slice), 0,
+                                   plan_.x.channels);
     });
   }
 
+  // Band by band: what one thread reads of an image stays in its cache.
   bool pool(int64_t first, int64_t end) {
-    const int64_t begin = plan_.begins[first], regions = plan_.begins[end] - begin;
-    return team_.run(regions * plan_.tiles, [&](int64_t item, int thread) {
-      const int64_t roi = plan_.order[begin + item / plan_.tiles], bin = item % plan_.tiles * plan_.tile_bins;
-      tile(first, roi, bin, least(plan_.tile_bins, plan_.bins - bin), thread);
+    const int64_t begin = plan_.begins[first], items = (plan_.begins[end] - begin) * plan_.tiles;
+    return team_.run(items * plan_.geometry.group, [&](int64_t item, int thread) {
+      const Range band = plan_.band(item / items);
+      const int64_t roi = plan_.order[begin + item % items / plan_.tiles];
+      const int64_t bin = band.first + item % plan_.tiles * plan_.tile_bins;
+      if (bin < band.end) tile(first, roi, bin, least(plan_.tile_bins, band.end - bin), thread);
     });
   }
 
@@ -96,7 +106,7 @@ class RoIForwardRun {
         const int64_t channel = class_id * plan_.class_outputs;
         patch.template locate<false>(first + i, class_id);
         const Pixels<2> pixels =
-            plan_.x.view(image, buffers_.x, image - first_image, plan_.slice(first + i), 0, plan_.x.channels);
+            plan_.x.view(image, buffers_.x, image - first_image, patch.slice, 0, plan_.x.channels);
         average(patch,
                 {pixels.data + channel * static_cast<int64_t>(sizeof(T)), {pixels.axis[0], pixels.axis[1]}},
                 mine.tile + i * plan_.tile_stride + channel);

@@ -62,14 +62,12 @@ struct RoIPlan {
         bins(geometry.output[0] * geometry.output[1]),
         class_outputs(geometry.outputs / geometry.classes) {}
 
-  int64_t row(int64_t bin) const { return bin / geometry.output[1]; }
-  int64_t column(int64_t bin) const { return bin % geometry.output[1]; }
   // Of the region's offsets, the one that moves a bin; likewise the slice of x that it reads.
-  int64_t part(int64_t bin) const {
-    return cell_of_bin(geometry, row(bin), column(bin), geometry.part[0], geometry.part[1]);
+  int64_t part(int64_t row, int64_t column) const {
+    return cell_of_bin(geometry, row, column, geometry.part[0], geometry.part[1]);
   }
-  int64_t slice(int64_t bin) const {
-    return cell_of_bin(geometry, row(bin), column(bin), geometry.group, geometry.group);
+  int64_t slice(int64_t row, int64_t column) const {
+    return cell_of_bin(geometry, row, column, geometry.group, geometry.group);
   }
   // The most lines that a bin has in an axis: a sample touches two.
   int64_t most_lines(int axis) const {
@@ -117,17 +115,29 @@ DCN_INLINE void put_number(const Planes& planes, Storage storage, int64_t batch,
   __builtin_memcpy(to, &value, sizeof value);
 }
 
+// What a row or a column of bins contributes to their part() and slice(), which cost divisions.
+struct BinLine {
+  int64_t part, slice;
+};
+
 // The memory of a Patch: lines in two axes.
 template <class T>
 struct PatchBuffers {
+  BinLine* bins[2];
   Line<T>* lines[2];
   double* sums[2];
 
   PatchBuffers() = default;
-  PatchBuffers(const RoIGeometry& geometry, Workspace& space) {
+  PatchBuffers(const RoIPlan& plan, Workspace& space) {
     for (int axis = 0; axis < 2; ++axis) {
-      lines[axis] = space.take<Line<T>>(geometry.input[axis]);
-      sums[axis] = space.take<double>(2 * geometry.input[axis]);
+      const int64_t bins = plan.geometry.output[axis], pixels = plan.geometry.input[axis];
+      this->bins[axis] = space.take<BinLine>(bins);
+      lines[axis] = space.take<Line<T>>(pixels);
+      sums[axis] = space.take<double>(2 * pixels);
+      for (int64_t i = 0; this->bins[axis] && i < bins; ++i) {
+        const int64_t row = axis == 0 ? i : 0, column = axis == 0 ? 0 : i;
+        this->bins[axis][i] = {plan.part(row, column), plan.slice(row, column)};
+      }
     }
   }
 };
@@ -141,31 +151,37 @@ class Patch {
   bool touches;  // there are pixels, and the average is a number
   T inverse;     // of the number of samples
   T mask;
+  int64_t slice;  // of x
 
   Patch(const RoIPlan& plan, const PatchBuffers<T>& buffers, int64_t roi)
       : rows(lines(plan, buffers, 0)),
         columns(lines(plan, buffers, 1)),
         plan_(plan),
+        bins_{buffers.bins[0], buffers.bins[1]},
         roi_(roi),
         y_(plan.geometry, plan.rois[roi * 5 + 2], plan.rois[roi * 5 + 4], 0),
         x_(plan.geometry, plan.rois[roi * 5 + 1], plan.rois[roi * 5 + 3], 1) {}
 
   template <bool kSlopes>
   void locate(int64_t bin, int64_t class_id) {
-    const double scale = plan_.geometry.offset_scale, y = offset(bin, class_id, 1),
-                 x = offset(bin, class_id, 0);
+    const int64_t row = quotient(bin, plan_.geometry.output[1]), column = bin - row * plan_.geometry.output[1];
+    const BinLine &in_rows = bins_[0][row], &in_columns = bins_[1][column];
+    const int64_t part = in_rows.part + in_columns.part;
+    const double scale = plan_.geometry.offset_scale, y = offset(part, class_id, 1),
+                 x = offset(part, class_id, 0);
+    slice = in_rows.slice + in_columns.slice;
     is_nan = touches = false;
     mask = plan_.mask.data ? number_at<T>(plan_.mask, plan_.positions, roi_, 0, bin) : T(1);
     if (!(y_.samples > 0 && x_.samples > 0)) return;
     is_nan = y != y || x != x;
     if (is_nan) return;
     // Without offsets the bins of a row share their rows of pixels.
-    if (plan_.offset.data || plan_.row(bin) != row_) {
-      row_ = plan_.row(bin);
-      rows.template find<kSlopes>(y_, y_.base(row_, y, scale));
+    if (plan_.offset.data || row != row_) {
+      row_ = row;
+      rows.template find<kSlopes>(y_, y_.base(row, y, scale));
     }
     if (!rows.weighs) return;
-    columns.template find<kSlopes>(x_, x_.base(plan_.column(bin), x, scale));
+    columns.template find<kSlopes>(x_, x_.base(column, x, scale));
     touches = columns.weighs;
     if (touches) samples_ = rows.samples * columns.samples, inverse = static_cast<T>(1 / samples_);
   }
@@ -187,12 +203,13 @@ class Patch {
     double* sums = buffers.sums[axis];
     return {buffers.lines[axis], {sums, sums + plan.geometry.input[axis]}, 0, 0, false};
   }
-  double offset(int64_t bin, int64_t class_id, int64_t channel) const {
+  double offset(int64_t part, int64_t class_id, int64_t channel) const {
     if (!plan_.offset.data) return 0;
-    return number_at<T>(plan_.offset, plan_.positions, roi_, 2 * class_id + channel, plan_.part(bin));
+    return number_at<T>(plan_.offset, plan_.positions, roi_, 2 * class_id + channel, part);
   }
 
   const RoIPlan& plan_;
+  const BinLine* bins_[2];
   int64_t roi_;
   RoIAxis y_, x_;
   int64_t row_ = -1;
