@@ -272,10 +272,13 @@ def roi_pool_backward(
 
 
 def _by_image(geometry: RoIGeometry, rois: Any) -> tuple[Any, Any, Any]:
-    """Return the regions, their indices by image, and where in that order those of each image begin."""
+    """Return the regions, their indices by image, and where in that order those of each image begin.
+
+    Those of an image go from its top to its bottom: neighbours find each other's pixels in the cache.
+    """
     regions = _contiguous(numpy.asarray(rois, numpy.float64))
     images = regions[:, 0].astype(numpy.int64)
-    order = numpy.argsort(images, kind="stable")
+    order = numpy.lexsort((regions[:, 2] + regions[:, 4], images))
     return regions, order, numpy.searchsorted(images[order], numpy.arange(geometry.batch + 1))
 
 
