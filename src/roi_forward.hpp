@@ -50,8 +50,7 @@ struct RoIForwardBuffers {
     x = space.take<T>(plan.rounds * plan.x.image_elements());
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
-      const PerThread mine = {PatchBuffers<T>(plan, space),
-                              space.take<T>(plan.tile_bins * plan.tile_stride)};
+      const PerThread mine = {PatchBuffers<T>(plan, space), space.take<T>(plan.tile_bins * plan.tile_stride)};
       if (thread) thread[i] = mine;
     }
   }
@@ -79,8 +78,8 @@ class RoIForwardRun {
       const int64_t image = first + item / items, per_slice = items / plan_.x.count;
       const int64_t slice = item % items / per_slice;
       if (plan_.begins[image] == plan_.begins[image + 1]) return;
-      plan_.x.slice(slice).copy_in(image, item % per_slice, plan_.x.buffer(buffers_.x, image - first, slice), 0,
-                                   plan_.x.channels);
+      plan_.x.slice(slice).copy_in(image, item % per_slice, plan_.x.buffer(buffers_.x, image - first, slice),
+                                   0, plan_.x.channels);
     });
   }
 

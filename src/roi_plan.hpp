@@ -45,7 +45,7 @@ struct Slices {
 struct RoIPlan {
   const RoIGeometry& geometry;
   const double* rois;     // (rois, 5)
-  const int64_t* order;   // the regions by image
+  const int64_t* order;   // the regions by image, and from top to bottom
   const int64_t* begins;  // (batch + 1): where each image's begin in `order`
   Planes offset, mask;
   Storage positions;
@@ -164,7 +164,8 @@ class Patch {
 
   template <bool kSlopes>
   void locate(int64_t bin, int64_t class_id) {
-    const int64_t row = quotient(bin, plan_.geometry.output[1]), column = bin - row * plan_.geometry.output[1];
+    const int64_t row = quotient(bin, plan_.geometry.output[1]),
+                  column = bin - row * plan_.geometry.output[1];
     const BinLine &in_rows = bins_[0][row], &in_columns = bins_[1][column];
     const int64_t part = in_rows.part + in_columns.part;
     const double scale = plan_.geometry.offset_scale, y = offset(part, class_id, 1),
