@@ -106,6 +106,7 @@ MAY_IMPORT = {
         "_torch_roi_layers",
         "checkpoints",
         "dcn_np",
+        "messages",
     },
     "_torch_mimicking": {"_torch_regions", "messages", "roi_geometry"},
     "_torch_operators": set(),
