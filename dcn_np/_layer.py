@@ -12,7 +12,8 @@ import numpy
 from . import cpu
 from .arrays import Array, kind_of
 from .backends import backend_of
-from .messages import dtype_wanted, listed, shown
+from .geometry import LARGEST, checked_integers
+from .messages import dtype_wanted, listed, number, shown
 
 if TYPE_CHECKING:
     from typing import Self
@@ -120,6 +121,8 @@ class Layer:
         --------
         state_dict : The way back.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state is {shown(state)}; wanted a mapping of str to array")
         wanted = self.state_dict()
         if unknown := [key for key in state if key not in wanted]:
             raise ValueError(f"state holds {_names(unknown)}; {self!r} has {listed(list(wanted))} only")
@@ -174,20 +177,33 @@ class Zeros:
 
 def generator_of(rng: Seed) -> numpy.random.Generator | Zeros:
     """Return what draws; numpy.random, which takes memory, is imported here and not before."""
-    return rng if isinstance(rng, Zeros) else numpy.random.default_rng(rng)
+    if isinstance(rng, Zeros):
+        return rng
+    if rng is None or isinstance(rng, numpy.random.Generator):
+        return numpy.random.default_rng(rng)
+    seed: int = checked_integers("rng", rng, 0)
+    if seed < 0:
+        raise ValueError(f"rng is {number(seed)}; wanted a numpy.random.Generator, or a seed of at least 0")
+    return numpy.random.default_rng(seed)
 
 
 # ---- numbers and arrays
 
 
-def positive(name: str, value: Any) -> int:
+def positive(name: str, value: Any, most: int = LARGEST) -> int:
     """Return an integer of at least 1."""
     wanted = "an integer, at least 1"
-    if isinstance(value, bool | numpy.bool_) or not hasattr(value, "__index__"):
+    try:
+        whole = None if isinstance(value, bool | numpy.bool_) else operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None:
         raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
-    if operator.index(value) < 1:
+    if whole < 1:
         raise ValueError(f"{name} is {shown(value)}; wanted {wanted}")
-    return operator.index(value)
+    if whole > most:
+        raise ValueError(f"{name} is {number(whole)}; wanted at most {most}")
+    return whole
 
 
 def checked_dtype(value: DTypeLike) -> numpy.dtype[Any]:

@@ -7,7 +7,7 @@ differ in the branches that make offsets and masks, and in the rule by which the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -39,8 +39,15 @@ MASK_FACTORS = {"sigmoid": 1, "2*sigmoid": 2}
 
 def checked_activation(value: str) -> str:
     """Check what makes masks of a branch's output."""
-    if value not in MASK_FACTORS:
-        raise ValueError(f"mask_activation is {shown(value)}; wanted one of {listed(list(MASK_FACTORS))}")
+    return _one_of("mask_activation", value, MASK_FACTORS)
+
+
+def _one_of(name: str, value: Any, names: Iterable[str]) -> str:
+    wanted = list(names)
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {shown(value)}; wanted one of {listed(wanted)}")
+    if value not in wanted:
+        raise ValueError(f"{name} is {shown(value)}; wanted one of {listed(wanted)}")
     return value
 
 
@@ -171,6 +178,10 @@ def layer_from(
     (True, 1)
     """
     rules = _rules(library)
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict is {shown(state_dict)}; wanted a mapping of str to numpy.ndarray")
+    if not isinstance(prefix, str):
+        raise TypeError(f"prefix is {shown(prefix)}; wanted a string, the name of the layer")
     layer = prefix.removesuffix(".")
     inside = _inside(layer)
     weight = _array(state_dict, f"{inside}weight", 4)
@@ -229,9 +240,7 @@ def layers_from(state_dict: Mapping[str, Array], *, library: str) -> dict[str, D
 
 
 def _rules(library: str) -> _Library:
-    if library not in _LIBRARIES:
-        raise ValueError(f"library is {shown(library)}; wanted one of {listed(list(_LIBRARIES))}")
-    return _LIBRARIES[library]
+    return _LIBRARIES[_one_of("library", library, _LIBRARIES)]
 
 
 def _inside(layer: str) -> str:
@@ -746,9 +755,7 @@ def _places(
     library: str, kernel: int | tuple[int, int], groups: int
 ) -> tuple[_Order, NDArray[numpy.intp], NDArray[numpy.intp], int, int]:
     """Return the library's order, and each group and tap by its number there, taps in the order of ours."""
-    if library not in _ORDERS:
-        raise ValueError(f"library is {shown(library)}; wanted one of {listed(list(_ORDERS))}")
-    order = _ORDERS[library]
+    order = _ORDERS[_one_of("library", library, _ORDERS)]
     height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
     if min(height, width, groups) < 1:
         raise ValueError(f"kernel is {shown(kernel)} and offset_groups {groups}; wanted at least 1")

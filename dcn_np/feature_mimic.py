@@ -125,11 +125,10 @@ def feature_mimic_loss_backward(
     >>> grad_rcnn.round(3)
     array([[ 0.096, -0.072]])
     """
-    if isinstance(grad_output, bool) or not isinstance(grad_output, int | float | numpy.number):
-        raise TypeError(f"grad_output is {shown(grad_output)}; wanted a number, the gradient by the loss")
+    factor = _checked_factor(grad_output)
     kind, arrays = _taken(rcnn_features, features, weights)
     regions = _Regions(*arrays)
-    grads = regions.gradients(float(grad_output))
+    grads = regions.gradients(factor)
     with numpy.errstate(over="ignore"):
         a, b = (grad.astype(arrays[0].dtype) for grad in grads)
     return kind.give(a), kind.give(b)
@@ -172,6 +171,18 @@ class _Regions:
         grad = numpy.zeros(self.shape)
         grad[self.chosen] = some
         return grad
+
+
+def _checked_factor(grad_output: Any) -> float:
+    """Return `grad_output` if it is a number; infinities and NaN are passed on."""
+    wanted = "wanted a number, the gradient by the loss"
+    kinds = int | float | numpy.integer | numpy.floating
+    if isinstance(grad_output, bool) or not isinstance(grad_output, kinds):
+        raise TypeError(f"grad_output is {shown(grad_output)}; {wanted}")
+    try:
+        return float(grad_output)
+    except OverflowError:
+        raise ValueError(f"grad_output is {shown(grad_output)}; {wanted} in float64") from None
 
 
 def _taken(rcnn_features: Any, features: Any, weights: Any) -> tuple[Kind, tuple[Any, Any, Any]]:

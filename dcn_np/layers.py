@@ -40,7 +40,7 @@ from .deform_conv import (
     modulated_deform_conv,
     modulated_deform_conv_backward,
 )
-from .geometry import Geometry, checked_integers, checked_number
+from .geometry import Geometry, checked_flag, checked_integers, checked_number
 from .messages import count, shown
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from .checkpoints import DeformConvWeights
 
 Path = str | os.PathLike[str]
+
+# Of a prepared layer: each call takes memory, and unbounded a wrong number would take all there is.
+LARGEST_CONCURRENCY = 1024
 
 __all__ = [
     "Conv1d",
@@ -135,7 +138,7 @@ class _Conv(Layer):
 
     def _draw(self, bias: bool, rng: Seed) -> None:
         """Draw filters and bias as torch does: uniformly, within one over the root of the inputs of a sum."""
-        generator = generator_of(rng)
+        bias, generator = checked_flag("bias", bias), generator_of(rng)
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         bound = 1 / math.sqrt(math.prod(shape[1:]))
         self.weight = generator.uniform(-bound, bound, shape).astype(self.dtype)
@@ -171,8 +174,8 @@ class _Conv(Layer):
             (batch, in_channels, *input), as of the images to come. These may lie in any memory order; one
             that is not aligned, and an `out` whose spatial axes do not lie as one, cost a copy.
         concurrency : int
-            How many threads may be in `forward` at the same time; one more raises RuntimeError there. Each
-            has working space of its own, and the packed weights are shared.
+            How many threads may be in `forward` at the same time, at most 1024; one more raises RuntimeError
+            there. Each has working space of its own, and the packed weights are shared.
 
         Raises
         ------
@@ -211,7 +214,7 @@ class _Conv(Layer):
         ...     y = layer.forward(frame, out=y)
         """
         geometries = self._geometries(self._input_shape(input_shape))
-        concurrency = positive("concurrency", concurrency)
+        concurrency = positive("concurrency", concurrency, LARGEST_CONCURRENCY)
         self.unprepare()
         self._kept = None
         call = self._prepared_call(geometries)
@@ -365,7 +368,7 @@ class _Conv(Layer):
 
 
 def _kernel(value: Any, ndim: int) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return (positive("kernel_size", value),) * ndim
     if len(value) != ndim:
         raise ValueError(
@@ -748,7 +751,9 @@ def load_npz(path: Path) -> dict[str, Array]:
         try:
             with numpy.load(file, allow_pickle=False) as archive:
                 return {key: archive[key] for key in archive.files}
-        except zipfile.BadZipFile as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # of zipfile, zlib and NumPy, which raise of many kinds
             raise ValueError(f"path is {path!r}, a broken .npz file: {error}") from error
 
 
@@ -794,12 +799,19 @@ def load_safetensors(path: Path) -> dict[str, Array]:
     ------
     ImportError
         The package safetensors is not installed.
+    ValueError
+        The file is no .safetensors file, or is broken.
 
     See Also
     --------
     save_safetensors : The way back.
     """
-    loaded: dict[str, Array] = _safetensors().load_file(os.fspath(path))
+    try:
+        loaded: dict[str, Array] = _safetensors().load_file(os.fspath(path))
+    except (ImportError, OSError, MemoryError):
+        raise
+    except Exception as error:  # the package's own kind is no ValueError
+        raise ValueError(f"path is {path!r}, no .safetensors file or a broken one: {error}") from error
     return loaded
 
 

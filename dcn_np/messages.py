@@ -36,14 +36,24 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))
 
 
+class _Repr(reprlib.Repr):
+    """Shortens a value at any depth; Python refuses to write an int of more than 4300 digits."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return number(x)
+
+
+_repr = _Repr().repr
+
+
 def shown(value: Any) -> str:
     """Write a value in a few words, with its type."""
     if value is None or isinstance(value, str):
-        return reprlib.repr(value)
+        return _repr(value)
     kind = type(value).__name__
     if isinstance(getattr(value, "shape", None), tuple | list):
         return f"an array ({kind}) of shape {tuple(value.shape)}"
-    return f"{reprlib.repr(value)} ({kind})"
+    return f"{_repr(value)} ({kind})"
 
 
 def extents(values: Shape) -> str:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from .cgroup import cpu_quota
+from .messages import number, shown
 
 _process: int | None = None
 _context: ContextVar[int | None] = ContextVar("dcn_np_num_threads", default=None)
@@ -149,7 +150,7 @@ def _checked(n: int) -> int:
     try:
         n = operator.index(n)
     except TypeError:
-        raise TypeError(f"the number of threads is {n!r}; wanted an integer") from None
+        raise TypeError(f"the number of threads is {shown(n)}; wanted an integer") from None
     if n < 1:
-        raise ValueError(f"the number of threads is {n}; wanted at least 1")
+        raise ValueError(f"the number of threads is {number(n)}; wanted at least 1")
     return min(n, 2**16)

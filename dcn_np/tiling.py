@@ -18,7 +18,7 @@ import numpy
 from numpy.typing import NDArray
 
 from .geometry import checked_integers, numbers_per_axis, pads_per_axis
-from .messages import count
+from .messages import count, shown
 
 __all__ = ["required_halo"]
 
@@ -137,6 +137,8 @@ def required_halo(
     >>> required_halo(offset, 3, padding=1)
     ((3, 0), (0, 0))
     """
+    if not hasattr(offset, "ndim"):
+        raise TypeError(f"offset is {shown(offset)}; wanted an array")
     ndim = offset.ndim - 2
     if ndim not in (1, 2, 3):
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import dcn_np
 from dcn_np import checkpoints
 from dcn_np.checkpoints import MASK_FACTORS, checked_activation
+from dcn_np.messages import shown
 
 from ._torch_mimicking import FeatureMimicking, MimickingLosses, crop_regions, sample_regions
 from ._torch_operators import (
@@ -274,6 +275,7 @@ def modulated_deform_conv(
     --------
     deform_conv2d : The same with torchvision's signature.
     """
+    _check_tensors(x=x)
     ndim = x.ndim - 2
     if autocasts(x):
         x, weight, bias, offset, mask = cast(x, (x, weight, bias), (offset, mask))
@@ -281,6 +283,13 @@ def modulated_deform_conv(
     matmul = dcn_np.get_float32_matmul() if float32_matmul is None else float32_matmul
     y: Tensor = _convolve(*arguments, per_axis(dilation, ndim), groups, offset_groups, matmul)
     return y
+
+
+def _check_tensors(**arrays: Any) -> None:
+    """Check what is looked at before torch's dispatcher, which names the others, does."""
+    for name, array in arrays.items():
+        if not isinstance(array, Tensor):
+            raise TypeError(f"{name} is {shown(array)}; wanted a torch.Tensor")
 
 
 def _flat(padding: int | Sequence[int | tuple[int, int]], ndim: int) -> list[int]:
@@ -330,6 +339,9 @@ def deform_conv2d(
     ValueError
         Shapes that do not fit.
     """
+    _check_tensors(input=input, offset=offset, weight=weight)
+    if weight.ndim != 4:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted (out, in / groups, height, width)")
     per_group = 2 * weight.shape[-2] * weight.shape[-1]
     if offset.ndim != 4 or offset.shape[1] % per_group or not offset.shape[1]:
         raise ValueError(

@@ -153,6 +153,19 @@ def test_numbers_past_62_bits_are_refused_by_name(function, name):
         )
 
 
+def test_an_integer_too_long_to_be_written_is_named(function):
+    for name in ("x", "weight"):
+        for value in (10**5000, [10**5000]):
+            with pytest.raises(TypeError, match=f"^{name} is .*an integer of 16610 bits"):
+                function(**arrays(2, function) | {name: value})
+
+
+@pytest.mark.parametrize("wrong", [None, numpy.zeros(2), ["avx2"]])
+def test_an_instruction_set_that_is_no_string_is_refused(wrong):
+    with pytest.raises(TypeError, match=r"^name is .*; wanted one of baseline"), dcn_np.use_isa(wrong):
+        pass
+
+
 @pytest.mark.parametrize("stride", [2**31 - 1, 2**31, 2**32, 2**62])
 def test_a_stride_past_the_image_gives_its_first_position(stride):
     given = arrays(2, dcn_np.deform_conv)

@@ -345,6 +345,12 @@ def test_rules_of_single_libraries():
     for function in (layer_from, layers_from):
         with pytest.raises(ValueError, match="library is 'keras'; wanted one of 'torchvision', 'mmcv'"):
             function(GOOD, library="keras")
+        with pytest.raises(TypeError, match=r"^library is \['mmcv'\] \(list\); wanted one of"):
+            function(GOOD, library=["mmcv"])
+    with pytest.raises(TypeError, match=r"^state_dict is None; wanted a mapping"):
+        layer_from(None, library="torchvision")
+    with pytest.raises(TypeError, match=r"^prefix is None; wanted a string"):
+        layer_from(GOOD, None, library="torchvision")
 
 
 # ---- poolings over regions

@@ -348,6 +348,8 @@ def test_unknown_chunks_are_refused():
 def test_arguments_of_required_halo(shape, arguments, message):
     with pytest.raises(ValueError, match=message):
         required_halo(np.zeros(shape), 3, **arguments)
+    with pytest.raises(TypeError, match="offset is None; wanted an array"):
+        required_halo(None, 3)
 
 
 # ---- a cluster

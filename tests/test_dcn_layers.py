@@ -359,8 +359,16 @@ def test_every_layer_says_what_it_is(kind):
         ({"groups": 4}, ValueError, "groups is 4; weight has 6 output channels"),
         ({"offset_groups": 3}, ValueError, "offset_groups is 3; x has 4 channels"),
         ({"offset_groups": 0}, ValueError, r"offset_groups is 0 \(int\); wanted an integer, at least 1"),
+        ({"in_channels": np.ones(2)}, TypeError, r"in_channels is an array .*; wanted an integer, at least"),
+        ({"in_channels": int}, TypeError, r"in_channels is <class 'int'> \(type\); wanted an integer, at"),
+        ({"kernel_size": b"33"}, TypeError, "kernel_size is b'33'.*; wanted an integer, at least 1"),
+        ({"kernel_size": 10**5000}, ValueError, "kernel_size is an integer of 16610 bits; wanted at most"),
+        ({"bias": np.ones(6)}, TypeError, r"bias is an array .*; wanted True or False"),
+        ({"rng": np.ones(1)}, TypeError, r"rng is an array .*; wanted an integer"),
+        ({"rng": -1}, ValueError, "rng is -1; wanted a numpy.random.Generator, or a seed of at least 0"),
         ({"dtype": int}, TypeError, "dtype is int64; wanted .*float32"),
         ({"dtype": "real"}, TypeError, "dtype is 'real'; wanted one of NumPy's, such as float32"),
+        ({"mask_activation": ["sigmoid"]}, TypeError, r"mask_activation is \['sigmoid'\] \(list\); wanted"),
         (
             {"mask_activation": "relu"},
             ValueError,
@@ -485,6 +493,11 @@ def test_a_state_that_does_not_fit_changes_nothing(change, error, message):
         layer.load_state_dict({key: value for key, value in state.items() if value is not None})
     for key, value in layer.state_dict().items():
         np.testing.assert_array_equal(value, before[key])
+
+
+def test_a_state_that_is_no_mapping_is_named():
+    with pytest.raises(TypeError, match=r"^state is None; wanted a mapping of str to array"):
+        Conv1d(1, 1, 1).load_state_dict(None)
 
 
 def test_a_layer_without_bias_takes_none():
@@ -623,6 +636,9 @@ def test_a_file_that_is_no_npz_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"path is .*other.*, a broken .npz file"):
         layers.load_npz(path)
+    path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"path is .*other.*, a broken .npz file"):
+        layers.load_npz(path)
     with zipfile.ZipFile(path, "w"):
         pass
     assert layers.load_npz(path) == {}
@@ -643,6 +659,16 @@ def test_safetensors_keep_a_state(tmp_path):
     layers.save_safetensors(path, state_of_odd_arrays())
     check_equal(layers.load_safetensors(str(path)), state_of_odd_arrays())
     check_equal(safetensors.load_file(path), state_of_odd_arrays())
+
+
+def test_a_file_that_is_no_safetensors_is_named(tmp_path):
+    pytest.importorskip("safetensors.numpy")
+    path = tmp_path / "other"
+    path.write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"path is .*other.*, no .safetensors file or a broken one"):
+        layers.load_safetensors(path)
+    with pytest.raises(FileNotFoundError):
+        layers.load_safetensors(tmp_path / "none")
 
 
 def test_without_safetensors_the_error_says_what_to_install(tmp_path, monkeypatch):

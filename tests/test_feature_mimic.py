@@ -143,6 +143,8 @@ def test_bad_input():
     refused(TypeError, "^weights has dtype int64 .* float64 or bool", a, b, w.astype(np.int64))
     refused(TypeError, "^rcnn_features has dtype int64", a.astype(int), b.astype(int))
     refused(TypeError, r"^features is .*; wanted a numpy\.ndarray", a, b.tolist())
-    for wrong in (True, "1", None, np.ones(1)):
+    with pytest.raises(ValueError, match=r"^grad_output is .*; wanted a number, .* in float64"):
+        dcn_np.feature_mimic_loss_backward(10**5000, a, b)
+    for wrong in (True, "1", None, np.ones(1), 1j, np.complex128(1j)):
         with pytest.raises(TypeError, match=r"^grad_output is .*; wanted a number"):
             dcn_np.feature_mimic_loss_backward(wrong, a, b)

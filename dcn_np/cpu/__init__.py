@@ -17,6 +17,7 @@ import numpy
 from .._requirements import engine_problem
 from ..backends import Gradients, PreparedConv, RoIGradients
 from ..geometry import Geometry, half_dtypes
+from ..messages import shown
 from ..roi_geometry import RoIGeometry
 from ..threads import get_num_threads
 
@@ -105,9 +106,16 @@ def use_isa(name: str) -> Iterator[None]:
     ----------
     name : str
         One of `available_isas`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        `name` is no string, or none of these.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name is {shown(name)}; wanted one of {', '.join(available_isas())}")
     if name not in available_isas():
-        raise ValueError(f"isa is {name!r}; wanted one of {', '.join(available_isas())}")
+        raise ValueError(f"name is {name!r}; wanted one of {', '.join(available_isas())}")
     token = _context_isa.set(_ISAS.index(name))
     try:
         yield

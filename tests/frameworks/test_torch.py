@@ -324,6 +324,14 @@ def test_torchvision_s_signature():
         dcn_torch.deform_conv2d(x, offset[:, :5], weight)
     with pytest.raises(ValueError, match="input has shape"):
         dcn_torch.deform_conv2d(x[:, :3], offset, weight)
+    with pytest.raises(ValueError, match="weight has shape"):
+        dcn_torch.deform_conv2d(x, offset, bias)
+    given = {"input": x, "offset": offset, "weight": weight}
+    for name in given:
+        with pytest.raises(TypeError, match=f"^{name} is None; wanted a torch.Tensor"):
+            dcn_torch.deform_conv2d(**given | {name: None})
+    with pytest.raises(TypeError, match=r"^x is None; wanted a torch\.Tensor"):
+        dcn_torch.deform_conv(None, offset, weight)
     torchvision = pytest.importorskip("torchvision")
     for with_mask in (True, False):
         keywords = {"stride": 2, "padding": (1, 1), "mask": mask if with_mask else None}
