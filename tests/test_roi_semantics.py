@@ -50,6 +50,25 @@ def test_a_mask_of_ones_is_the_unmodulated_form_bit_for_bit(isa, dtype):
             assert same_bits(one, other)
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_the_order_of_regions_changes_no_bit(isa, operator):
+    generator = np.random.default_rng(31)
+    for seed in range(20):
+        problem = random_roi_problem([seed, 31], operator, np.float32, channels=3)
+        height = problem.rois[:, 2] + problem.rois[:, 4]
+        assert len(np.unique(height)) == len(height)
+        order = generator.permutation(len(height))
+        moved = {name: getattr(problem, name) for name in ("rois", "offset", "mask", "grad_output")}
+        moved = {name: array if array is None else array[order] for name, array in moved.items()}
+        shuffled = problem.replace(**moved)
+        assert same_bits(shuffled.forward(dcn_np), problem.forward(dcn_np)[order])
+        one, other = problem.backward(dcn_np), shuffled.backward(dcn_np)
+        assert same_bits(other.x, one.x)
+        for name in ("offset", "mask"):
+            if getattr(one, name) is not None:
+                assert same_bits(getattr(other, name), getattr(one, name)[order])
+
+
 def one_bin(roi=(1, 1, 3, 3), *, offset=(0, 0), mask=None, x=None, grad=1.0):
     """x, rois, offset, mask and grad_output of one region with one bin."""
     x = np.arange(1.0, 26).reshape(1, 1, 5, 5) if x is None else x
