@@ -7,7 +7,9 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 
 SOURCES = setup.py pyproject.toml $(wildcard src/*.?pp src/isa/*.cpp dcn_np/kernels/*.hpp dcn_np/*.pyx dcn_np/cpu/*.pyx)
 TESTS =
-PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 4
+# There is a process for each core already: waiting threads leave it to the others, and BLAS, which multiplies small
+# matrices for the reference, starts none.
+PYTEST = OMP_WAIT_POLICY=passive OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # Nothing from outside may shadow what is tested.
 unexport PYTHONPATH PYTHONHOME

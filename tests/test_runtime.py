@@ -350,6 +350,8 @@ def test_the_gil_is_released():
 # --- Ctrl-C ---------------------------------------------------------------------------------------
 
 INTERRUPTED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it
 small = problem()
 want = both(small)
 rng = np.random.default_rng(0)
