@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,7 +11,7 @@ import numpy
 from . import cpu
 from .arrays import Array, kind_of
 from .backends import backend_of
-from .geometry import LARGEST, checked_integers
+from .geometry import checked_integers
 from .messages import dtype_wanted, listed, number, shown
 
 if TYPE_CHECKING:
@@ -188,22 +187,6 @@ def generator_of(rng: Seed) -> numpy.random.Generator | Zeros:
 
 
 # ---- numbers and arrays
-
-
-def positive(name: str, value: Any, most: int = LARGEST) -> int:
-    """Return an integer of at least 1."""
-    wanted = "an integer, at least 1"
-    try:
-        whole = None if isinstance(value, bool | numpy.bool_) else operator.index(value)
-    except TypeError:
-        whole = None
-    if whole is None:
-        raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
-    if whole < 1:
-        raise ValueError(f"{name} is {shown(value)}; wanted {wanted}")
-    if whole > most:
-        raise ValueError(f"{name} is {number(whole)}; wanted at most {most}")
-    return whole
 
 
 def checked_dtype(value: DTypeLike) -> numpy.dtype[Any]:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy
 
-from ._layer import Layer, Zeros, checked_dtype, generator_of, logistic, namespace, positive
+from ._layer import Layer, Zeros, checked_dtype, generator_of, logistic, namespace
 from .arrays import Array, kind_of
 from .backends import RoIGradients
 from .checkpoints import MASK_FACTORS, checked_activation
-from .geometry import check_dtype, checked_flag
+from .geometry import check_dtype, checked_flag, checked_whole
 from .roi_geometry import RoIGeometry, check_roi_grad_output
 from .roi_pool import (
     Size,
@@ -114,8 +114,8 @@ class _DeformRoIPool(Layer):
         dtype: DTypeLike,
     ) -> None:
         """Check all numbers now, where they are written, and not at the first map."""
-        self.in_channels = positive("in_channels", in_channels)
-        self.hidden_channels = positive("hidden_channels", hidden_channels)
+        self.in_channels = checked_whole("in_channels", in_channels)
+        self.hidden_channels = checked_whole("hidden_channels", hidden_channels)
         self.position_sensitive = checked_flag("position_sensitive", position_sensitive)
         self.dtype = checked_dtype(dtype)
         self._numbers = output_size, spatial_scale, sampling_ratio, gamma

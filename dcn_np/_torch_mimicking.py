@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import messages
 from ._torch_regions import feature_mimic_loss, roi_align
-from .roi_geometry import check_rois_shape, checked_real, checked_whole
+from .geometry import checked_whole
+from .roi_geometry import check_rois_shape, checked_real
 
 # By the class of a region: above 0 objects, 0 the background, below 0 what a detector ignores.
 _REGIONS: dict[str, Callable[[Tensor], Tensor]] = {

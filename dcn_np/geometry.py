@@ -291,6 +291,11 @@ def _integer(name: str, value: Any) -> int:
     raise TypeError(f"{name} is {shown(value)}; wanted {wanted}")
 
 
+def checked_whole(name: str, value: Any) -> int:
+    """Return `value` if it is an integer of at least 1."""
+    return checked_number(name, _integer(name, value), 1)
+
+
 def checked_number(name: str, value: int, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} is {number(value)}; wanted at least {least}")

@@ -25,7 +25,6 @@ from ._layer import (
     generator_of,
     logistic,
     namespace,
-    positive,
     present,
 )
 from ._prepared import Call, DeformableCall, Preparation, RigidCall, prepared_conv
@@ -40,8 +39,8 @@ from .deform_conv import (
     modulated_deform_conv,
     modulated_deform_conv_backward,
 )
-from .geometry import Geometry, checked_flag, checked_integers, checked_number
-from .messages import count, shown
+from .geometry import Geometry, checked_flag, checked_integers, checked_number, checked_whole
+from .messages import count, number, shown
 
 if TYPE_CHECKING:
     from typing import Self
@@ -117,11 +116,11 @@ class _Conv(Layer):
         dtype: DTypeLike,
     ) -> None:
         """Check all numbers now, where they are written, and not at the first image."""
-        self.in_channels = positive("in_channels", in_channels)
-        self.out_channels = positive("out_channels", out_channels)
+        self.in_channels = checked_whole("in_channels", in_channels)
+        self.out_channels = checked_whole("out_channels", out_channels)
         self.kernel_size = _kernel(kernel_size, self.ndim)
-        self.groups = positive("groups", groups)
-        self.offset_groups = positive("offset_groups", offset_groups)
+        self.groups = checked_whole("groups", groups)
+        self.offset_groups = checked_whole("offset_groups", offset_groups)
         self.dtype = checked_dtype(dtype)
         # One pixel and one tap: what depends on the size of an image is checked when there is one.
         ones = (1,) * self.ndim
@@ -214,7 +213,9 @@ class _Conv(Layer):
         ...     y = layer.forward(frame, out=y)
         """
         geometries = self._geometries(self._input_shape(input_shape))
-        concurrency = positive("concurrency", concurrency, LARGEST_CONCURRENCY)
+        concurrency = checked_whole("concurrency", concurrency)
+        if concurrency > LARGEST_CONCURRENCY:
+            raise ValueError(f"concurrency is {number(concurrency)}; wanted at most {LARGEST_CONCURRENCY}")
         self.unprepare()
         self._kept = None
         call = self._prepared_call(geometries)
@@ -369,12 +370,12 @@ class _Conv(Layer):
 
 def _kernel(value: Any, ndim: int) -> tuple[int, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        return (positive("kernel_size", value),) * ndim
+        return (checked_whole("kernel_size", value),) * ndim
     if len(value) != ndim:
         raise ValueError(
             f"kernel_size has {count(len(value), 'entry')}; wanted an integer or {count(ndim, 'entry')}"
         )
-    return tuple(positive(f"kernel_size[{axis}]", entry) for axis, entry in enumerate(value))
+    return tuple(checked_whole(f"kernel_size[{axis}]", entry) for axis, entry in enumerate(value))
 
 
 class _Deformable(_Conv):

@@ -14,7 +14,15 @@ from typing import Any
 import numpy
 
 from . import messages
-from .geometry import HALVES, LARGEST_BYTES, Shape, check_dtype, checked_integers, checked_number
+from .geometry import (
+    HALVES,
+    LARGEST_BYTES,
+    Shape,
+    check_dtype,
+    checked_integers,
+    checked_number,
+    checked_whole,
+)
 from .messages import count, shown
 
 # Each sample of a bin along an axis is looked at.
@@ -224,11 +232,6 @@ def _pair(name: str, value: Any) -> Shape:
     if len(whole) != 2:
         raise ValueError(f"{name} has {count(len(whole), 'entry')}; wanted an integer or (height, width)")
     return checked_number(f"{name}[0]", whole[0], 1), checked_number(f"{name}[1]", whole[1], 1)
-
-
-def checked_whole(name: str, value: Any) -> int:
-    """Return `value` if it is an integer of at least 1."""
-    return checked_number(name, checked_integers(name, value, 0), 1)
 
 
 def _checked_samples(name: str, value: Any, least: int) -> int:

@@ -108,7 +108,7 @@ MAY_IMPORT = {
         "dcn_np",
         "messages",
     },
-    "_torch_mimicking": {"_torch_regions", "messages", "roi_geometry"},
+    "_torch_mimicking": {"_torch_regions", "geometry", "messages", "roi_geometry"},
     "_torch_operators": set(),
     "_torch_regions": {"_torch_operators", "dcn_np"},
     "_torch_roi_layers": {"_torch_operators", "_torch_regions", "checkpoints"},

@@ -231,7 +231,7 @@ def test_an_out_that_does_not_fit_is_refused_and_nothing_written(layer, prepared
         ((2, 16, 25, -1), {}, ValueError, r"input_shape\[3\] is -1; wanted at least 0"),
         ((2, 16, 25, 2.5), {}, TypeError, r"input_shape\[3\] is 2.5"),
         ((2, 16, 0, 9), {"padding": 0}, ValueError, "the output would be empty on axis 0"),
-        ((2, 16, 25, 27), {"concurrency": 0}, ValueError, r"concurrency is 0 \(int\); wanted an integer, at"),
+        ((2, 16, 25, 27), {"concurrency": 0}, ValueError, "concurrency is 0; wanted at least 1"),
         ((2, 16, 25, 27), {"concurrency": 1.5}, TypeError, r"concurrency is 1.5 \(float\); wanted"),
         ((2, 16, 25, 27), {"concurrency": 2**31}, ValueError, "concurrency is 2147483648; wanted at most"),
     ],
