@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy
 
+from .geometry import checked_integers, checked_whole, numbers_per_axis
 from .messages import count, listed, shown
 
 if TYPE_CHECKING:
@@ -676,8 +677,8 @@ def offset_channels(
 
     Raises
     ------
-    ValueError
-        A library that is not known, or offset groups where it has none.
+    TypeError, ValueError
+        A library that is not known, sizes below 1 or no integers, or offset groups where it has none.
 
     See Also
     --------
@@ -730,8 +731,8 @@ def mask_channels(library: str, kernel: int | tuple[int, int], offset_groups: in
 
     Raises
     ------
-    ValueError
-        A library that is not known, has no masks, or keeps them in the array of the offsets.
+    TypeError, ValueError
+        As for `offset_channels`; or a library that has no masks, or keeps them in the array of the offsets.
 
     See Also
     --------
@@ -756,9 +757,8 @@ def _places(
 ) -> tuple[_Order, NDArray[numpy.intp], NDArray[numpy.intp], int, int]:
     """Return the library's order, and each group and tap by its number there, taps in the order of ours."""
     order = _ORDERS[_one_of("library", library, _ORDERS)]
-    height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-    if min(height, width, groups) < 1:
-        raise ValueError(f"kernel is {shown(kernel)} and offset_groups {groups}; wanted at least 1")
+    height, width = numbers_per_axis("kernel", checked_integers("kernel", kernel, 1), 2)
+    groups = checked_whole("offset_groups", groups)
     if groups > 1 and not order.groups:
         raise ValueError(f"offset_groups is {groups}; {library} has no offset groups: wanted 1")
     taps = numpy.arange(height * width, dtype=numpy.intp)

@@ -713,8 +713,12 @@ def test_orders_that_are_not():
     for function in (offset_channels, mask_channels):
         with pytest.raises(ValueError, match="library is 'keras'; wanted one of"):
             function("keras", 3)
-        with pytest.raises(ValueError, match="wanted at least 1"):
+        with pytest.raises(ValueError, match=r"kernel\[1\] is 0; wanted at least 1"):
             function("DCNv3", (3, 0))
+        with pytest.raises(TypeError, match=r"kernel is 3.0 \(float\); wanted an integer"):
+            function("DCNv3", 3.0)
+        with pytest.raises(ValueError, match="offset_groups is -1; wanted at least 1"):
+            function("DCNv3", 3, -1)
         with pytest.raises(ValueError, match="offset_groups is 2; 4uiiurz1 has no offset groups"):
             function("4uiiurz1", 3, 2)
     with pytest.raises(ValueError, match="Chainer has no masks"):

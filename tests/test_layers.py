@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "cuda.modules": {"cuda.nvrtc"},
     "cuda.tuning": {"cuda.launching", "cuda.modules", "geometry"},
     "cuda.nvrtc": set(),
-    "checkpoints": {"messages"},
+    "checkpoints": {"geometry", "messages"},
     "_layer": {"arrays", "backends", "checkpoints", "cpu", "geometry", "messages"},
     "_prepared": {"arrays", "backends", "geometry", "messages"},
     "_roi_layers": {"_layer", "arrays", "backends", "checkpoints", "geometry", "roi_geometry", "roi_pool"},
