@@ -66,9 +66,9 @@ struct RoIBackwardPlan : RoIPlan {
   int64_t strip_bytes() const { return strip * bins * geometry.classes * located_bytes; }
   int64_t dots_elements() const { return grads_at_positions ? strip * bins * blocks * kDotsPerBin : 0; }
 
-  BinPlace place(int64_t bin) const {
+  BinPlace place(int64_t bin, const BinCells& cells) const {
     const int64_t row = bin / geometry.output[1], column = bin % geometry.output[1];
-    const int64_t slice = this->slice(row, column);
+    const int64_t slice = cells.at(row, column).slice;
     const Range rows = bins_of_part(slice / geometry.group, geometry.group, geometry.output[0]);
     const Range columns = bins_of_part(slice % geometry.group, geometry.group, geometry.output[1]);
     const int64_t height = rows.end - rows.first, width = columns.end - columns.first;
@@ -94,19 +94,21 @@ struct RoIBackwardBuffers {
   T* grad_x;
   T* dots;
   char* located;
+  BinCells cells;
   BinPlace* places;
   PerThread* thread;
 
-  RoIBackwardBuffers(const RoIBackwardPlan<T>& plan, Workspace& space) {
-    x = space.take<T>(plan.rounds * plan.x_elements());
-    grad_x = space.take<T>(plan.rounds * plan.grad_x_elements());
-    dots = space.take<T>(plan.dots_elements());
-    located = space.take<char>(plan.strip_bytes());
-    places = space.take<BinPlace>(plan.bins);
-    for (int64_t bin = 0; places && bin < plan.bins; ++bin) places[bin] = plan.place(bin);
-    thread = space.take<PerThread>(plan.threads);
+  RoIBackwardBuffers(const RoIBackwardPlan<T>& plan, Workspace& space)
+      : x(space.take<T>(plan.rounds * plan.x_elements())),
+        grad_x(space.take<T>(plan.rounds * plan.grad_x_elements())),
+        dots(space.take<T>(plan.dots_elements())),
+        located(space.take<char>(plan.strip_bytes())),
+        cells(plan.geometry, space),
+        places(space.take<BinPlace>(plan.bins)),
+        thread(space.take<PerThread>(plan.threads)) {
+    for (int64_t bin = 0; places && bin < plan.bins; ++bin) places[bin] = plan.place(bin, cells);
     for (int i = 0; i < plan.threads; ++i) {
-      const PerThread mine = {PatchBuffers<T>(plan, space),
+      const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
                               space.take<T>(plan.kTileBins * kBlock<T> * plan.together)};
       if (thread) thread[i] = mine;
     }
@@ -136,14 +138,14 @@ class RoIBackwardRun {
     const int64_t zero_items = plan_.grads_at_x ? slices() * ceiling(pixels, kCopyPixels) : 0;
     const int64_t items = x_items + zero_items;
     return team_.run(items * images_, [&](int64_t item, int) {
-      const int64_t slot = item / items, at = item % items, slice = at % slices();
-      if (at < x_items)
-        for_each_part([&](const RoIPart& part) {
-          plan_.x.slice(slice).copy_in(first_image_ + slot, at / slices(),
-                                       plan_.x.buffer(buffers_.x, slot, slice), part.first, part.count);
-        });
-      else
-        clear(slot, (at - x_items) % slices(), (at - x_items) / slices() * kCopyPixels, pixels);
+      const int64_t slot = item / items, index = item % items;
+      if (index >= x_items)
+        return clear(slot, (index - x_items) % slices(), (index - x_items) / slices() * kCopyPixels, pixels);
+      const auto at = plan_.x.copy_item(index);
+      for_each_part([&](const RoIPart& part) {
+        plan_.x.slice(at.slice).copy_in(first_image_ + slot, at.item,
+                                        plan_.x.buffer(buffers_.x, slot, at.slice), part.first, part.count);
+      });
     });
   }
 
@@ -157,11 +159,12 @@ class RoIBackwardRun {
   bool copy_out() {
     const int64_t items = plan_.grads_at_x ? plan_.grad_x.copy_items() : 0;
     return team_.run(items * images_, [&](int64_t item, int) {
-      const int64_t slot = item / items, slice = item % items % slices();
+      const int64_t slot = item / items;
+      const auto at = plan_.grad_x.copy_item(item % items);
       for_each_part([&](const RoIPart& part) {
-        plan_.grad_x.slice(slice).copy_out(first_image_ + slot, item % items / slices(),
-                                           plan_.grad_x.buffer(buffers_.grad_x, slot, slice), part.first,
-                                           part.count);
+        plan_.grad_x.slice(at.slice).copy_out(first_image_ + slot, at.item,
+                                              plan_.grad_x.buffer(buffers_.grad_x, slot, at.slice),
+                                              part.first, part.count);
       });
     });
   }
@@ -193,7 +196,7 @@ class RoIBackwardRun {
   bool locate(int64_t first, int64_t last) {
     return team_.run(last - first, [&](int64_t item, int thread) {
       for (int64_t class_id = 0; class_id < plan_.geometry.classes; ++class_id) {
-        Patch<T> patch(plan_, buffers_.thread[thread].patch, plan_.order[first + item]);
+        Patch<T> patch(plan_, buffers_.cells, buffers_.thread[thread].patch, plan_.order[first + item]);
         for (int64_t bin = 0; bin < plan_.bins; ++bin) {
           if (plan_.grads_at_positions)
             patch.template locate<true>(bin, class_id);

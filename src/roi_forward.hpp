@@ -44,13 +44,15 @@ struct RoIForwardBuffers {
     T* tile;
   };
   T* x;
+  BinCells cells;
   PerThread* thread;
 
-  RoIForwardBuffers(const RoIForwardPlan<T>& plan, Workspace& space) {
-    x = space.take<T>(plan.rounds * plan.x.image_elements());
+  RoIForwardBuffers(const RoIForwardPlan<T>& plan, Workspace& space)
+      : x(space.take<T>(plan.rounds * plan.x.image_elements())), cells(plan.geometry, space) {
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
-      const PerThread mine = {PatchBuffers<T>(plan, space), space.take<T>(plan.tile_bins * plan.tile_stride)};
+      const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
+                              space.take<T>(plan.tile_bins * plan.tile_stride)};
       if (thread) thread[i] = mine;
     }
   }
@@ -75,11 +77,11 @@ class RoIForwardRun {
   bool copy(int64_t first, int64_t end) {
     const int64_t items = plan_.x.copy_items();
     return team_.run(items * (end - first), [&](int64_t item, int) {
-      const int64_t image = first + item / items, per_slice = items / plan_.x.count;
-      const int64_t slice = item % items / per_slice;
+      const int64_t image = first + item / items;
       if (plan_.begins[image] == plan_.begins[image + 1]) return;
-      plan_.x.slice(slice).copy_in(image, item % per_slice, plan_.x.buffer(buffers_.x, image - first, slice),
-                                   0, plan_.x.channels);
+      const auto at = plan_.x.copy_item(item % items);
+      plan_.x.slice(at.slice).copy_in(image, at.item, plan_.x.buffer(buffers_.x, image - first, at.slice), 0,
+                                      plan_.x.channels);
     });
   }
 
@@ -97,7 +99,7 @@ class RoIForwardRun {
   void tile(int64_t first_image, int64_t roi, int64_t first, int64_t count, int thread) {
     const auto& mine = buffers_.thread[thread];
     const int64_t image = static_cast<int64_t>(plan_.rois[roi * 5]), outputs = plan_.geometry.outputs;
-    Patch<T> patch(plan_, mine.patch, roi);
+    Patch<T> patch(plan_, buffers_.cells, mine.patch, roi);
     constexpr int64_t kPolledBins = 8;  // to ask takes as long as a small bin
     for (int64_t i = 0; i < count; ++i) {
       if (i % kPolledBins == 0 && !team_.keep_going(thread)) return;

@@ -30,7 +30,15 @@ struct Slices {
   }
   size_t slice_elements() const { return slice(0).buffer_elements(); }
   size_t image_elements() const { return count * slice_elements(); }
+  // Copies are cut into items slice by slice: what a thread copies, it then reads.
+  struct CopyItem {
+    int64_t slice, item;
+  };
   int64_t copy_items() const { return count * slice(0).copy_items(); }
+  CopyItem copy_item(int64_t index) const {
+    const int64_t items = slice(0).copy_items();
+    return {index / items, index % items};
+  }
 
   // Pixels of some channels of a slice; `images` holds the copies of a round, one image to a slot.
   Pixels<2> view(int64_t image, T* images, int64_t slot, int64_t index, int64_t first, int64_t count) const {
@@ -62,13 +70,6 @@ struct RoIPlan {
         bins(geometry.output[0] * geometry.output[1]),
         class_outputs(geometry.outputs / geometry.classes) {}
 
-  // Of the region's offsets, the one that moves a bin; likewise the slice of x that it reads.
-  int64_t part(int64_t row, int64_t column) const {
-    return cell_of_bin(geometry, row, column, geometry.part[0], geometry.part[1]);
-  }
-  int64_t slice(int64_t row, int64_t column) const {
-    return cell_of_bin(geometry, row, column, geometry.group, geometry.group);
-  }
   // The most lines that a bin has in an axis: a sample touches two.
   int64_t most_lines(int axis) const {
     double samples = static_cast<double>(geometry.samples);
@@ -115,29 +116,42 @@ DCN_INLINE void put_number(const Planes& planes, Storage storage, int64_t batch,
   __builtin_memcpy(to, &value, sizeof value);
 }
 
-// What a row or a column of bins contributes to their part() and slice(), which cost divisions.
-struct BinLine {
+// Of a region's offsets, the number of the one that moves a bin, and that of the slice of x which the bin reads.
+struct BinCell {
   int64_t part, slice;
+};
+
+// The cells of all bins: the sums of what their rows and columns contribute, for a bin alone costs divisions.
+struct BinCells {
+  BinCell* rows;
+  BinCell* columns;
+
+  BinCells(const RoIGeometry& geometry, Workspace& space)
+      : rows(space.take<BinCell>(geometry.output[0])), columns(space.take<BinCell>(geometry.output[1])) {
+    if (!rows) return;
+    const auto cell = [&](int64_t row, int64_t column) -> BinCell {
+      return {cell_of_bin(geometry, row, column, geometry.part[0], geometry.part[1]),
+              cell_of_bin(geometry, row, column, geometry.group, geometry.group)};
+    };
+    for (int64_t row = 0; row < geometry.output[0]; ++row) rows[row] = cell(row, 0);
+    for (int64_t column = 0; column < geometry.output[1]; ++column) columns[column] = cell(0, column);
+  }
+  BinCell at(int64_t row, int64_t column) const {
+    return {rows[row].part + columns[column].part, rows[row].slice + columns[column].slice};
+  }
 };
 
 // The memory of a Patch: lines in two axes.
 template <class T>
 struct PatchBuffers {
-  BinLine* bins[2];
   Line<T>* lines[2];
   double* sums[2];
 
   PatchBuffers() = default;
-  PatchBuffers(const RoIPlan& plan, Workspace& space) {
+  PatchBuffers(const RoIGeometry& geometry, Workspace& space) {
     for (int axis = 0; axis < 2; ++axis) {
-      const int64_t bins = plan.geometry.output[axis], pixels = plan.geometry.input[axis];
-      this->bins[axis] = space.take<BinLine>(bins);
-      lines[axis] = space.take<Line<T>>(pixels);
-      sums[axis] = space.take<double>(2 * pixels);
-      for (int64_t i = 0; this->bins[axis] && i < bins; ++i) {
-        const int64_t row = axis == 0 ? i : 0, column = axis == 0 ? 0 : i;
-        this->bins[axis][i] = {plan.part(row, column), plan.slice(row, column)};
-      }
+      lines[axis] = space.take<Line<T>>(geometry.input[axis]);
+      sums[axis] = space.take<double>(2 * geometry.input[axis]);
     }
   }
 };
@@ -153,11 +167,11 @@ class Patch {
   T mask;
   int64_t slice;  // of x
 
-  Patch(const RoIPlan& plan, const PatchBuffers<T>& buffers, int64_t roi)
+  Patch(const RoIPlan& plan, const BinCells& cells, const PatchBuffers<T>& buffers, int64_t roi)
       : rows(lines(plan, buffers, 0)),
         columns(lines(plan, buffers, 1)),
         plan_(plan),
-        bins_{buffers.bins[0], buffers.bins[1]},
+        cells_(cells),
         roi_(roi),
         y_(plan.geometry, plan.rois[roi * 5 + 2], plan.rois[roi * 5 + 4], 0),
         x_(plan.geometry, plan.rois[roi * 5 + 1], plan.rois[roi * 5 + 3], 1) {}
@@ -166,11 +180,10 @@ class Patch {
   void locate(int64_t bin, int64_t class_id) {
     const int64_t row = quotient(bin, plan_.geometry.output[1]),
                   column = bin - row * plan_.geometry.output[1];
-    const BinLine &in_rows = bins_[0][row], &in_columns = bins_[1][column];
-    const int64_t part = in_rows.part + in_columns.part;
-    const double scale = plan_.geometry.offset_scale, y = offset(part, class_id, 1),
-                 x = offset(part, class_id, 0);
-    slice = in_rows.slice + in_columns.slice;
+    const BinCell cell = cells_.at(row, column);
+    const double scale = plan_.geometry.offset_scale, y = offset(cell.part, class_id, 1),
+                 x = offset(cell.part, class_id, 0);
+    slice = cell.slice;
     is_nan = touches = false;
     mask = plan_.mask.data ? number_at<T>(plan_.mask, plan_.positions, roi_, 0, bin) : T(1);
     if (!(y_.samples > 0 && x_.samples > 0)) return;
@@ -210,7 +223,7 @@ class Patch {
   }
 
   const RoIPlan& plan_;
-  const BinLine* bins_[2];
+  const BinCells& cells_;
   int64_t roi_;
   RoIAxis y_, x_;
   int64_t row_ = -1;
