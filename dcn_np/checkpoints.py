@@ -7,14 +7,14 @@ differ in the branches that make offsets and masks, and in the rule by which the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy
 
-from .geometry import checked_integers, checked_whole, numbers_per_axis
+from .geometry import checked_choice, checked_integers, checked_whole, numbers_per_axis
 from .messages import count, listed, shown
 
 if TYPE_CHECKING:
@@ -40,16 +40,7 @@ MASK_FACTORS = {"sigmoid": 1, "2*sigmoid": 2}
 
 def checked_activation(value: str) -> str:
     """Check what makes masks of a branch's output."""
-    return _one_of("mask_activation", value, MASK_FACTORS)
-
-
-def _one_of(name: str, value: Any, names: Iterable[str]) -> str:
-    wanted = list(names)
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is {shown(value)}; wanted one of {listed(wanted)}")
-    if value not in wanted:
-        raise ValueError(f"{name} is {shown(value)}; wanted one of {listed(wanted)}")
-    return value
+    return checked_choice("mask_activation", value, MASK_FACTORS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +232,7 @@ def layers_from(state_dict: Mapping[str, Array], *, library: str) -> dict[str, D
 
 
 def _rules(library: str) -> _Library:
-    return _LIBRARIES[_one_of("library", library, _LIBRARIES)]
+    return _LIBRARIES[checked_choice("library", library, _LIBRARIES)]
 
 
 def _inside(layer: str) -> str:
@@ -491,7 +482,7 @@ def roi_pool_from(state_dict: Mapping[str, Array], prefix: str = "", *, library:
     Raises
     ------
     TypeError
-        An entry of the state dict is no array.
+        An entry of the state dict is no array, or the library no string.
     ValueError
         A key that is missing or unknown, shapes that do not fit, or a library that is not known.
 
@@ -522,9 +513,8 @@ def roi_pool_from(state_dict: Mapping[str, Array], prefix: str = "", *, library:
     >>> layer.modulated, layer.in_channels, layer.bins, layer.hidden_channels
     (True, 8, 49, 16)
     """
-    if library not in _POOLING_LIBRARIES:
-        raise ValueError(f"library is {shown(library)}; wanted one of {listed(list(_POOLING_LIBRARIES))}")
-    rules, inside = _POOLING_LIBRARIES[library], _inside(prefix.removesuffix("."))
+    rules = _POOLING_LIBRARIES[checked_choice("library", library, _POOLING_LIBRARIES)]
+    inside = _inside(prefix.removesuffix("."))
     branches = _branches_there(state_dict, inside, rules, library)
     in_channels, bins, hidden = _sizes_of_pooling(state_dict, inside, branches[0])
     arrays: dict[str, Array] = {}
@@ -756,7 +746,7 @@ def _places(
     library: str, kernel: int | tuple[int, int], groups: int
 ) -> tuple[_Order, NDArray[numpy.intp], NDArray[numpy.intp], int, int]:
     """Return the library's order, and each group and tap by its number there, taps in the order of ours."""
-    order = _ORDERS[_one_of("library", library, _ORDERS)]
+    order = _ORDERS[checked_choice("library", library, _ORDERS)]
     height, width = numbers_per_axis("kernel", checked_integers("kernel", kernel, 1), 2)
     groups = checked_whole("offset_groups", groups)
     if groups > 1 and not order.groups:

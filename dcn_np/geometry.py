@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -202,13 +202,18 @@ def checked_needs(needs: Any, names: Sequence[str]) -> frozenset[str]:
     return asked
 
 
+def checked_choice(name: str, value: Any, names: Iterable[str]) -> str:
+    """Return `value` if it is one of some names."""
+    wanted = list(names)
+    if not isinstance(value, str) or value not in wanted:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name} is {shown(value)}; wanted one of {listed(wanted)}")
+    return value
+
+
 def checked_float32_matmul(value: Any) -> str:
     """Return the name of a way to multiply float32 matrices."""
-    if not isinstance(value, str):
-        raise TypeError(f"float32_matmul is {shown(value)}; wanted one of {listed(FLOAT32_MATMULS)}")
-    if value not in FLOAT32_MATMULS:
-        raise ValueError(f"float32_matmul is {value!r}; wanted one of {listed(FLOAT32_MATMULS)}")
-    return value
+    return checked_choice("float32_matmul", value, FLOAT32_MATMULS)
 
 
 def checked_flag(name: str, value: Any) -> bool:

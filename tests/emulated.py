@@ -17,7 +17,7 @@ KERNELS = ROOT / "dcn_np" / "kernels"
 CACHE = ROOT / "build" / "emulation"
 
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=default", "-Wno-psabi", "-Wno-attributes"]
-SANITIZED = ["-O1", "-g", "-fsanitize=address", "-fno-omit-frame-pointer"]
+SANITIZED = ["-g", "-fsanitize=address", "-fno-omit-frame-pointer"]
 # Conversions of float16 are many times faster with the instruction for it.
 MACHINE = ["-mf16c", "-mavx2", "-mfma"]
 
