@@ -243,7 +243,7 @@ def _from_dlpack(name: str, value: Any, device_type: int) -> Array:
     value = _without_gradient(name, value)
     _check_sign(name, value)
     if device_type in _CUDA:
-        cupy = _cupy(name)
+        cupy = cupy_for(f"{name} is")
         return _aligned_on_gpu(name, _asked(name, value, cupy.from_dlpack))
     array = _asked(name, value, _on_cpu)
     if _library_of(value) in _IMMUTABLE:
@@ -303,12 +303,19 @@ def _bfloat16() -> Any:
         raise TypeError("bfloat16 needs a package: pip install ml_dtypes") from None
 
 
-def _cupy(name: str) -> Any:
+def cupy_for(what: str) -> Any:
+    """Return CuPy, which computes `what` on a CUDA device.
+
+    Raises
+    ------
+    ImportError
+        It is not installed, or does not work.
+    """
     try:
         return importlib.import_module("cupy")
     except ImportError as error:
         raise ImportError(
-            f"{name} is on a CUDA device, where CuPy computes: pip install 'dcn_np[cuda13]' (or [cuda12])"
+            f"{what} on a CUDA device, where CuPy computes: pip install 'dcn_np[cuda13]' (or [cuda12])"
         ) from error
 
 

@@ -1,14 +1,16 @@
-"""Deformable convolution for JAX: functions for jit, grad, vmap and shard_map, on the CPU.
+"""Deformable convolution for JAX: functions for jit, grad, vmap and shard_map, on a CPU or a CUDA device.
 
-XLA calls the engine, from threads of its own and on its own buffers: nothing is copied, and Python has no
-part in it. Hence `dcn_np.num_threads` and `dcn_np.use_isa`, which are of a Python thread, have no effect;
-`dcn_np.set_num_threads` has, at once, also on what is compiled already.
+On a CPU XLA calls the engine, from threads of its own and on its own buffers: nothing is copied, and Python
+has no part in it. Hence `dcn_np.num_threads` and `dcn_np.use_isa`, which are of a Python thread, have no
+effect; `dcn_np.set_num_threads` has, at once, also on what is compiled already.
+
+On a CUDA device XLA calls Python, which queues the kernels on XLA's stream, over its buffers, through CuPy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -16,11 +18,16 @@ import jax
 import numpy
 from jax.custom_batching import custom_vmap
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.buffer_callback import buffer_callback
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from . import cuda
+from .arrays import cupy_for
+from .backends import Gradients
 from .cpu import dtypes, xla_handlers
-from .geometry import Geometry, checked_float32_matmul
+from .deform_conv import get_float32_matmul
+from .geometry import Geometry, checked_flag, checked_float32_matmul
 from .threads import share_process_limit
 
 __all__ = ["deform_conv", "modulated_deform_conv"]
@@ -29,6 +36,10 @@ Array: TypeAlias = jax.Array
 # x, offset, mask, weight, bias and, in the backward, grad_output; None where there is none.
 Arrays: TypeAlias = Sequence[Array | None]
 Flags: TypeAlias = Sequence[bool | None]
+
+# Arrays of a call, in the order of src/xla.hpp: "output" is the result of the forward, and in the backward
+# its gradient, an argument.
+_NAMES = ("x", "offset", "mask", "weight", "bias", "output")
 
 _FORWARD, _BACKWARD = "dcn_np_deform_conv", "dcn_np_deform_conv_backward"
 for _target, _handler in zip((_FORWARD, _BACKWARD), xla_handlers(), strict=True):
@@ -47,6 +58,7 @@ def deform_conv(
     groups: int = 1,
     offset_groups: int = 1,
     *,
+    deterministic: bool = False,
     float32_matmul: str | None = None,
 ) -> Array:
     """Convolve where the offsets say (DCNv1), differentiably.
@@ -59,8 +71,11 @@ def deform_conv(
         As there.
     stride, padding, dilation, groups, offset_groups
         As there; they are constants of a compiled function.
+    deterministic : bool
+        On a CUDA device: whether the gradient of `x` has the same bits in every run, for some time and
+        memory. On a CPU it always has.
     float32_matmul : {"strict", "tf32"} or None
-        As there: without effect on a CPU.
+        As there: for a CUDA device. None is what `dcn_np.set_float32_matmul` set when the function is traced.
 
     Returns
     -------
@@ -87,6 +102,7 @@ def deform_conv(
         dilation,
         groups,
         offset_groups,
+        deterministic=deterministic,
         float32_matmul=float32_matmul,
     )
 
@@ -103,6 +119,7 @@ def modulated_deform_conv(
     groups: int = 1,
     offset_groups: int = 1,
     *,
+    deterministic: bool = False,
     float32_matmul: str | None = None,
 ) -> Array:
     """Convolve where the offsets say, each tap scaled by a mask (DCNv2), differentiably.
@@ -115,8 +132,11 @@ def modulated_deform_conv(
         As there.
     stride, padding, dilation, groups, offset_groups
         As there; they are constants of a compiled function.
+    deterministic : bool
+        On a CUDA device: whether the gradient of `x` has the same bits in every run, for some time and
+        memory. On a CPU it always has.
     float32_matmul : {"strict", "tf32"} or None
-        As there: without effect on a CPU.
+        As there: for a CUDA device. None is what `dcn_np.set_float32_matmul` set when the function is traced.
 
     Returns
     -------
@@ -128,9 +148,11 @@ def modulated_deform_conv(
     TypeError, ValueError
         As there, when the function is called or traced.
     NotImplementedError
-        When it is lowered for a device other than a CPU.
+        When it is lowered for a device that is neither a CPU nor of CUDA.
+    ImportError
+        When it is lowered for a CUDA device without CuPy.
     jax.errors.JaxRuntimeError
-        No memory for the working space.
+        No memory for the working space; on a CUDA device also what CuPy or the compiler of its kernels says.
 
     See Also
     --------
@@ -143,8 +165,11 @@ def modulated_deform_conv(
     over weights, or of their gradients, makes one call after another; else its axis joins the batch. Over
     several devices use `jax.shard_map`: under `jax.jit` alone XLA would gather the whole batch on each.
     Dtypes follow JAX: without ``jax_enable_x64`` there is no float64. Ctrl-C waits for a call to end.
-    GPUs are not supported yet: there `dcn_np.modulated_deform_conv` takes arrays of JAX, outside of jit and
-    grad.
+
+    On a CUDA device CuPy runs the kernels, on XLA's stream and buffers (`pip install 'dcn_np[cuda13]'`); what
+    lies between them is in CuPy's memory, so leave some of the GPU's to it: XLA takes three quarters
+    (``XLA_PYTHON_CLIENT_MEM_FRACTION``). Such a program cannot be exported to run in another process. This
+    was tested in an emulation of a GPU, not yet on one.
 
     Examples
     --------
@@ -158,8 +183,8 @@ def modulated_deform_conv(
     Array([[[[2.  , 3.  , 1.75],
              [1.75, 2.25, 1.25]]]], dtype=float32)
     """
-    if float32_matmul is not None:
-        checked_float32_matmul(float32_matmul)
+    deterministic = checked_flag("deterministic", deterministic)
+    matmul = get_float32_matmul() if float32_matmul is None else checked_float32_matmul(float32_matmul)
     x, weight = _taken("x", x), _taken("weight", weight)
     offset, mask, bias = (
         None if array is None else _taken(name, array)
@@ -168,8 +193,21 @@ def modulated_deform_conv(
     geometry = Geometry.of(
         dtypes(), x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups
     )
-    y: Array = _compiled(geometry, x, offset, mask, weight, bias)
+    y: Array = _compiled(_Problem(geometry, deterministic, matmul), x, offset, mask, weight, bias)
     return y
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What a call is compiled for: its sizes, and how a CUDA device computes."""
+
+    geometry: Geometry
+    deterministic: bool
+    float32_matmul: str
+
+    def together(self, size: int) -> _Problem:
+        """Return that of `size` calls as one, of a longer batch."""
+        return replace(self, geometry=replace(self.geometry, batch=size * self.geometry.batch))
 
 
 def _taken(name: str, array: Any) -> Any:
@@ -187,16 +225,16 @@ def _taken(name: str, array: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
-def _compiled(geometry: Geometry, *arrays: Array | None) -> Any:
+def _compiled(problem: _Problem, *arrays: Array | None) -> Any:
     x, offset, mask, *filters = arrays
-    if geometry.dtype.itemsize == 2:
+    if problem.geometry.dtype.itemsize == 2:
         filters = [None if array is None else array.astype(numpy.float32) for array in filters]
-    return _convolve(geometry, *_alike([x, offset, mask, *filters]))
+    return _convolve(problem, *_alike([x, offset, mask, *filters]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(geometry: Geometry, *arrays: Array | None) -> Any:
-    return _forward(geometry, *arrays)
+def _convolve(problem: _Problem, *arrays: Array | None) -> Any:
+    return _forward(problem, *arrays)
 
 
 @jax.tree_util.register_static
@@ -206,19 +244,19 @@ class _Needs(tuple[bool, ...]):
     __slots__ = ()
 
 
-def _remember(geometry: Geometry, *primals: Any) -> tuple[Any, tuple[_Needs, Arrays]]:
+def _remember(problem: _Problem, *primals: Any) -> tuple[Any, tuple[_Needs, Arrays]]:
     arrays = [None if primal is None else primal.value for primal in primals]
     needs = _Needs(primal is not None and primal.perturbed for primal in primals)
-    return _convolve(geometry, *arrays), (needs, arrays[:4])
+    return _convolve(problem, *arrays), (needs, arrays[:4])
 
 
 def _differentiate(
-    geometry: Geometry, residuals: tuple[_Needs, Arrays], grad_output: Any
+    problem: _Problem, residuals: tuple[_Needs, Arrays], grad_output: Any
 ) -> tuple[Array | None, ...]:
     needs, arrays = residuals
     if isinstance(grad_output, SymbolicZero):
         return (None,) * len(needs)
-    gradients = iter(_backward(geometry, needs, *arrays, grad_output))
+    gradients = iter(_backward(problem, needs, *arrays, grad_output))
     return tuple(next(gradients) if needed else None for needed in needs)
 
 
@@ -228,59 +266,59 @@ _convolve.defvjp(_remember, _differentiate, symbolic_zeros=True)
 # ---- calls of the engine, each with its rule for jax.vmap
 
 
-def _forward(geometry: Geometry, *arrays: Array | None) -> Any:
-    call = custom_vmap(partial(_call_forward, geometry))
-    call.def_vmap(partial(_forward_over_axis, geometry))
+def _forward(problem: _Problem, *arrays: Array | None) -> Any:
+    call = custom_vmap(partial(_call_forward, problem))
+    call.def_vmap(partial(_forward_over_axis, problem))
     return call(*arrays)
 
 
-def _call_forward(geometry: Geometry, *arrays: Array | None) -> Array:
-    y = jax.ShapeDtypeStruct(geometry.output_shape, geometry.dtype)
-    return _call(_FORWARD, geometry, (*arrays, None), (None, None, None, None, None, y))[0]
+def _call_forward(problem: _Problem, *arrays: Array | None) -> Array:
+    y = jax.ShapeDtypeStruct(problem.geometry.output_shape, problem.geometry.dtype)
+    return _call(problem, (*arrays, None), (None, None, None, None, None, y))[0]
 
 
 def _forward_over_axis(
-    geometry: Geometry, size: int, batched: Flags, *arrays: Array | None
+    problem: _Problem, size: int, batched: Flags, *arrays: Array | None
 ) -> tuple[Array, bool]:
     if any(batched[3:]):
-        return _one_by_one(partial(_forward, geometry), batched, arrays), True
+        return _one_by_one(partial(_forward, problem), batched, arrays), True
     x, offset, mask = _as_one_batch(size, batched[:3], arrays[:3])
-    y = _forward(replace(geometry, batch=size * geometry.batch), x, offset, mask, *arrays[3:])
-    return y.reshape(size, *geometry.output_shape), True
+    y = _forward(problem.together(size), x, offset, mask, *arrays[3:])
+    return y.reshape(size, *problem.geometry.output_shape), True
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _backward(geometry: Geometry, needs: Flags, *arrays: Array | None) -> Any:
+def _backward(problem: _Problem, needs: Flags, *arrays: Array | None) -> Any:
     """Return those gradients that are needed, from x, offset, mask, weight and grad_output."""
-    call = custom_vmap(partial(_call_backward, geometry, needs))
-    call.def_vmap(partial(_backward_over_axis, geometry, needs))
+    call = custom_vmap(partial(_call_backward, problem, needs))
+    call.def_vmap(partial(_backward_over_axis, problem, needs))
     return call(*arrays)
 
 
 @_backward.defjvp
-def _(geometry: Geometry, needs: Flags, primals: Any, tangents: Any) -> Any:
+def _(problem: _Problem, needs: Flags, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError("the gradients of a deformable convolution cannot be differentiated")
 
 
-def _call_backward(geometry: Geometry, needs: Flags, *arrays: Any) -> list[Array]:
+def _call_backward(problem: _Problem, needs: Flags, *arrays: Any) -> list[Array]:
     x, offset, mask, weight, grad_output = arrays
-    bias = jax.ShapeDtypeStruct((geometry.out_channels,), weight.dtype)
+    bias = jax.ShapeDtypeStruct((problem.geometry.out_channels,), weight.dtype)
     gradients = [
         like if needed else None for like, needed in zip((x, offset, mask, weight, bias), needs, strict=True)
     ]
-    return _call(_BACKWARD, geometry, (x, offset, mask, weight, None, grad_output), (*gradients, None))
+    return _call(problem, (x, offset, mask, weight, None, grad_output), (*gradients, None))
 
 
 def _backward_over_axis(
-    geometry: Geometry, needs: Flags, size: int, batched: Flags, *arrays: Array | None
+    problem: _Problem, needs: Flags, size: int, batched: Flags, *arrays: Array | None
 ) -> tuple[list[Array], list[bool]]:
     if batched[3] or any(needs[3:]):  # gradients of weight and bias are sums over the batch
-        gradients = _one_by_one(partial(_backward, geometry, needs), batched, arrays)
+        gradients = _one_by_one(partial(_backward, problem, needs), batched, arrays)
         return gradients, [True] * len(gradients)
     *images, weight, grad_output = arrays
     *images, grad_output = _as_one_batch(size, [*batched[:3], batched[4]], [*images, grad_output])
-    together = _backward(replace(geometry, batch=size * geometry.batch), needs, *images, weight, grad_output)
-    gradients = [gradient.reshape(size, geometry.batch, *gradient.shape[1:]) for gradient in together]
+    together = _backward(problem.together(size), needs, *images, weight, grad_output)
+    gradients = [gradient.reshape(size, problem.geometry.batch, *gradient.shape[1:]) for gradient in together]
     return gradients, [True] * len(gradients)
 
 
@@ -304,43 +342,95 @@ def _one_by_one(function: Callable[..., Any], batched: Flags, arrays: Arrays) ->
     return jax.lax.map(one, moving)
 
 
-# ---- the call itself: src/xla.hpp says what crosses
+# ---- the call itself: a primitive that each platform has its own meaning of
 
 
-def _call(target: str, geometry: Geometry, arrays: Arrays, like: Sequence[Any]) -> list[Array]:
-    """Return the results that `like` describes, in one order with `arrays`: x to bias, and the output."""
+def _call(problem: _Problem, arrays: Arrays, like: Sequence[Any]) -> list[Array]:
+    """Return the results that `like` describes; both in the order of _NAMES, None where there is none."""
     given = [array for array in arrays if array is not None]
-    results = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in like if each is not None]
-    first, *others = given
-    computed = jax.ffi.ffi_call(target, results)(
-        _on_cpu.bind(first),
-        *others,
-        geometry=numpy.frombuffer(geometry.struct, numpy.int64),
-        given=_bits(arrays),
-        needs=_bits(like),
-    )
+    results = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in like if each is not None)
+    computed = _bound(*given, problem=problem, given=_named(arrays), wanted=_named(like), results=results)
     axes = _varying(given)
     return [_vary(result, axes) for result in computed]
 
 
-def _lower_elsewhere(context: Any, array: Any) -> Any:
+def _named(arrays: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(name for name, array in zip(_NAMES, arrays, strict=True) if array is not None)
+
+
+# Compiled always: custom_vmap evaluates its function at once, and the primitive means nothing but compiled.
+@partial(jax.jit, static_argnames=("problem", "given", "wanted", "results"))
+def _bound(*arrays: Array, **static: Any) -> list[Array]:
+    bound: list[Array] = _engine.bind(*arrays, **static)
+    return bound
+
+
+_engine = Primitive("dcn_np_deform_conv")
+_engine.multiple_results = True
+
+
+@_engine.def_abstract_eval
+def _(*arrays: Any, results: Sequence[Any], **static: Any) -> list[Any]:
+    return [jax.core.ShapedArray(result.shape, result.dtype) for result in results]
+
+
+def _on_cpu(
+    *arrays: Array, problem: _Problem, given: Sequence[str], wanted: Sequence[str], results: Sequence[Any]
+) -> Any:
+    """Let XLA call the engine: src/xla.hpp says what crosses."""
+    call = jax.ffi.ffi_call(_FORWARD if "output" in wanted else _BACKWARD, results)
+    geometry = numpy.frombuffer(problem.geometry.struct, numpy.int64)
+    return call(*arrays, geometry=geometry, given=_bits(given), needs=_bits(wanted))
+
+
+def _bits(names: Sequence[str]) -> numpy.int64:
+    return numpy.int64(sum(1 << _NAMES.index(name) for name in names))
+
+
+def _on_cuda(
+    *arrays: Array, problem: _Problem, given: Sequence[str], wanted: Sequence[str], results: Sequence[Any]
+) -> list[Array]:
+    """Let XLA call Python; of halves this engine takes the weights and the bias as halves too."""
+    cupy_for("dcn_np.jax is lowered to compute")
+    dtypes = {"weight": problem.geometry.dtype, "bias": problem.geometry.dtype}
+    taken = [array.astype(dtypes.get(name, array.dtype)) for name, array in zip(given, arrays, strict=True)]
+    made = [
+        jax.ShapeDtypeStruct(result.shape, dtypes.get(name, result.dtype))
+        for name, result in zip(wanted, results, strict=True)
+    ]
+    computed = buffer_callback(partial(_queue, problem, given, wanted), made)(*taken)
+    return [array.astype(result.dtype) for array, result in zip(computed, results, strict=True)]
+
+
+def _queue(
+    problem: _Problem, given: Sequence[str], wanted: Sequence[str], context: Any, out: Any, *buffers: Any
+) -> None:
+    """Queue the kernels on XLA's stream, from its buffers into its buffers."""
+    geometry, matmul = problem.geometry, problem.float32_matmul
+    with cuda.borrowed([*buffers, *out], context.stream) as arrays:
+        named = dict.fromkeys(_NAMES) | dict(zip(given, arrays[: len(given)], strict=True))
+        made = dict(zip(wanted, arrays[len(given) :], strict=True))
+        x, offset, mask, weight, bias, grad_output = named.values()
+        if "output" in made:
+            cuda.deform_conv(geometry, x, offset, mask, weight, bias, made["output"], matmul)
+        else:
+            inputs = (grad_output, x, offset, mask, weight)
+            cuda.deform_conv_backward_into(
+                geometry, *inputs, Gradients(**made), problem.deterministic, matmul
+            )
+
+
+def _elsewhere(context: Any, *arrays: Any, **static: Any) -> Any:
     platforms = ", ".join(context.module_context.platforms)
     raise NotImplementedError(
-        f"dcn_np.jax computes on a CPU, but is lowered for {platforms}: jax.device_put the arrays on "
-        "jax.devices('cpu')[0]. On a CUDA device the functions of dcn_np take them, outside of jit and grad"
+        f"dcn_np.jax computes on a CPU or a CUDA device, but is lowered for {platforms}: jax.device_put the "
+        "arrays on jax.devices('cpu')[0]"
     )
 
 
-# Nothing but that error, which XLA would word by the name of the call.
-_on_cpu = Primitive("dcn_np_on_cpu")
-_on_cpu.def_abstract_eval(lambda array: array)
-_on_cpu.def_impl(lambda array: array)
-mlir.register_lowering(_on_cpu, _lower_elsewhere)
-mlir.register_lowering(_on_cpu, lambda context, array: [array], platform="cpu")
-
-
-def _bits(arrays: Sequence[Any]) -> numpy.int64:
-    return numpy.int64(sum(1 << place for place, array in enumerate(arrays) if array is not None))
+mlir.register_lowering(_engine, _elsewhere)
+for _platform, _lowered in (("cpu", _on_cpu), ("cuda", _on_cuda)):
+    mlir.register_lowering(_engine, mlir.lower_fun(_lowered, multiple_results=True), platform=_platform)
 
 
 # ---- jax.shard_map, which types each array by the axes of the mesh along which it varies

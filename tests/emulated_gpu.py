@@ -8,9 +8,11 @@ emulated GPU, call dcn_np's and bring the results back.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -50,10 +52,41 @@ class Event:
         return None
 
 
+class ExternalStream:
+    """Another library's stream, by its address; 0 is what is current without any."""
+
+    _current = threading.local()
+
+    @classmethod
+    def current(cls):
+        return getattr(cls._current, "address", 0)
+
+    def __init__(self, address, device):
+        assert device == Device().id
+        self.address = address
+
+    def __enter__(self):
+        self.before = self.current()
+        self._current.address = self.address
+
+    def __exit__(self, *error):
+        self._current.address = self.before
+
+
+class UnownedMemory:
+    """Another library's memory."""
+
+    def __init__(self, address, size, owner, device):
+        assert device == Device().id
+        self.bytes = (ctypes.c_char * size).from_address(address) if size else b""
+
+
 class MemoryPointer:
-    def __init__(self, array):
-        self.array = array
-        self.ptr = array.ctypes.data
+    def __init__(self, memory, offset):
+        if isinstance(memory, UnownedMemory):
+            memory = np.frombuffer(memory.bytes, np.uint8)[offset:]
+        self.array = memory
+        self.ptr = memory.ctypes.data
 
     def memset_async(self, value, size):
         assert size == self.array.nbytes
@@ -62,13 +95,15 @@ class MemoryPointer:
 
 
 class ndarray:  # noqa: N801 - CuPy's name
-    """The attributes of CuPy's array that dcn_np uses, around one of NumPy's."""
+    """The attributes of CuPy's array that dcn_np uses, around one of NumPy's, or over memory."""
 
-    def __init__(self, array):
+    def __init__(self, array, dtype=None, memory=None):
+        if memory is not None:
+            array = memory.array.view(dtype).reshape(array)
         self._array = array
         for name in ("shape", "strides", "dtype", "size", "itemsize", "nbytes", "ndim", "flags"):
             setattr(self, name, getattr(array, name))
-        self.data = MemoryPointer(array)
+        self.data = MemoryPointer(array, 0)
         self.device = Device()
 
     def get(self):
@@ -123,11 +158,16 @@ class Function:
         assert shared_mem <= self.max_dynamic_shared_size_bytes
         (record,) = arguments
         assert record.size == 1
-        self.library.launch(self.name, grid, block, shared_mem, record, order=order)
+        with _one_at_a_time:
+            streams.append(ExternalStream.current())
+            self.library.launch(self.name, grid, block, shared_mem, record, order=order)
 
 
 # The order of threads and blocks in every launch: see emulated.py.
 order = 0
+# The stream of every launch so far.
+streams: list[int] = []
+_one_at_a_time = threading.Lock()
 _libraries: dict[str, object] = {}
 
 
@@ -147,6 +187,8 @@ def emulated_gpu():
     fake.cuda = types.ModuleType("cupy.cuda")
     fake.cuda.Device = Device
     fake.cuda.Event = Event
+    fake.cuda.ExternalStream = ExternalStream
+    fake.cuda.UnownedMemory, fake.cuda.MemoryPointer = UnownedMemory, MemoryPointer
     fake.cuda.get_elapsed_time = lambda begin, end: end.time - begin.time
     fake.cuda.get_current_stream = lambda: types.SimpleNamespace(is_capturing=lambda: False)
     fake.cuda.runtime = types.SimpleNamespace(getDeviceProperties=lambda number: {"name": b"emulated"})

@@ -124,7 +124,7 @@ MAY_IMPORT = {
     "reference.roi_pool": {"reference.deform_conv"},
     "tiling": {"geometry", "messages"},
     "dask": {"cpu", "deform_conv", "geometry", "tiling"},
-    "jax": {"cpu", "geometry", "threads"},
+    "jax": {"arrays", "backends", "cpu", "cuda", "deform_conv", "geometry", "threads"},
 }
 
 # Each for one framework, or matplotlib, which it imports; nothing imports them but commands and, private

@@ -9,6 +9,8 @@ Only `device` imports CuPy, when the first array comes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -32,6 +34,25 @@ def may_share_memory(a: Any, b: Any) -> bool:
     from . import device
 
     return device.may_share_memory(a, b)
+
+
+@contextmanager
+def borrowed(buffers: Sequence[Any], stream: int) -> Iterator[list[Any]]:
+    """Make CuPy's arrays of another library's buffers, and its stream the current one, for one call.
+
+    Parameters
+    ----------
+    buffers : sequence
+        At least one, all on one device, dense and in C order: each with `shape`, `dtype`,
+        `__cuda_array_interface__` and `__dlpack_device__`.
+    stream : int
+        The address of the CUDA stream in whose order they are valid.
+    """
+    from .device import array_over, on_stream
+
+    _, number = buffers[0].__dlpack_device__()
+    with on_stream(number, stream):
+        yield [array_over(buffer, number) for buffer in buffers]
 
 
 def deform_conv(
@@ -66,8 +87,30 @@ def deform_conv_backward(
     from .device import on_device_of
 
     with on_device_of(x) as device:
-        return engine.deform_conv_backward(
-            device, geometry, grad_output, x, offset, mask, weight, needs, deterministic, float32_matmul
+        gradients = engine.new_gradients(device, geometry, x, offset, mask, weight, needs)
+        engine.deform_conv_backward(
+            device, geometry, grad_output, x, offset, mask, weight, gradients, deterministic, float32_matmul
+        )
+        return gradients
+
+
+def deform_conv_backward_into(
+    geometry: Geometry,
+    grad_output: Any,
+    x: Any,
+    offset: Any,
+    mask: Any,
+    weight: Any,
+    gradients: Gradients,
+    deterministic: bool,
+    float32_matmul: str,
+) -> None:
+    """Queue those gradients that have an array, without gaps, into it."""
+    from .device import on_device_of
+
+    with on_device_of(x) as device:
+        engine.deform_conv_backward(
+            device, geometry, grad_output, x, offset, mask, weight, gradients, deterministic, float32_matmul
         )
 
 

@@ -5,6 +5,7 @@ No function of CuPy that compiles anything is called: those need CUDA headers, w
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,24 @@ _TIMED_RUNS = 5
 def may_share_memory(a: Any, b: Any) -> bool:
     """Tell whether two arrays overlap, judged by their first and last byte."""
     return bool(cupy.may_share_memory(a, b))
+
+
+def array_over(buffer: Any, device: int) -> Any:
+    """Return an array over a buffer of another library on a device, dense and in C order.
+
+    Of `__cuda_array_interface__` the address alone is taken: it has no name for bfloat16.
+    """
+    address, _ = buffer.__cuda_array_interface__["data"]
+    size = math.prod(buffer.shape) * buffer.dtype.itemsize
+    memory = cupy.cuda.UnownedMemory(address, size, buffer, device)
+    return cupy.ndarray(buffer.shape, buffer.dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+
+@contextmanager
+def on_stream(device: int, stream: int) -> Iterator[None]:
+    """Make a device and a stream of another library on it, given by its address, the current ones."""
+    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
+        yield
 
 
 @contextmanager

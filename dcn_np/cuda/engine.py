@@ -70,6 +70,18 @@ def deform_conv(
     return out
 
 
+def new_gradients(
+    device: Device, geometry: Geometry, x: Any, offset: Any, mask: Any, weight: Any, needs: frozenset[str]
+) -> Gradients:
+    """Return arrays for the gradients in `needs`, each in its input's memory order."""
+    inputs = {"x": x, "offset": offset, "mask": mask, "weight": weight}
+    like = {name: inputs[name] for name in inputs if name in needs}
+    gradients = Gradients(**{name: device.empty_like(array, array.shape) for name, array in like.items()})
+    if "bias" in needs:
+        gradients = gradients._replace(bias=device.empty((geometry.out_channels,), geometry.dtype))
+    return gradients
+
+
 def deform_conv_backward(
     device: Device,
     geometry: Geometry,
@@ -78,25 +90,21 @@ def deform_conv_backward(
     offset: Any,
     mask: Any,
     weight: Any,
-    needs: frozenset[str],
+    gradients: Gradients,
     deterministic: bool,
     float32_matmul: str,
-) -> Gradients:
-    """Compute the gradients in `needs`, each in its input's memory order."""
+) -> None:
+    """Compute the gradients into those arrays that are given, without gaps between their elements."""
     work = _Work(device, geometry)
-    inputs = {"x": x, "offset": offset, "mask": mask, "weight": weight}
-    like = {name: inputs[name] for name in inputs if name in needs}
-    gradients = Gradients(**{name: device.empty_like(array, array.shape) for name, array in like.items()})
-    if "bias" in needs:
-        gradients = gradients._replace(bias=device.empty((geometry.out_channels,), geometry.dtype))
+    needs = {name for name, array in gradients._asdict().items() if array is not None}
     if not positions_of(geometry):
         for gradient in gradients:
             if gradient is not None:
                 device.fill_with_zeros(gradient)
-        return gradients
+        return
 
     if not needs:
-        return gradients
+        return
     positions = weights = []
     parts = work.parts_of_weights()
     if needs & {"x", "offset", "mask"}:
@@ -113,7 +121,6 @@ def deform_conv_backward(
         _sum_weights(work, weights, parts, given, gradients.weight)
     if gradients.bias is not None:
         _sum_positions(work, given["output"], gradients.bias)
-    return gradients
 
 
 def _walk_positions(
