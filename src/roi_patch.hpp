@@ -11,7 +11,7 @@
 namespace dcn::DCN_ISA {
 
 // A block of channels has dots of its own, so that bits do not depend on how many a thread takes at a time.
-constexpr int kBlockVectors = 2;
+constexpr int kBlockVectors = 4;
 template <class T>
 constexpr int kBlock = kBlockVectors * kLanes<T>;
 constexpr int kTogether = 2;    // blocks
@@ -86,13 +86,17 @@ DCN_INLINE void for_each_piece(int64_t rows, int64_t columns, const Body& body) 
            column + kPiece < columns ? column + kPiece : columns);
 }
 
-// Calls body(lanes, vectors, channel) for blocks of kWide vectors of channels, then for the rest.
+// Calls body(lanes, vectors, channel) for kWide vectors of channels at a time, a power of two, then for half as
+// many, ..., and for the rest.
 template <class T, int kWide, class Body>
-DCN_INLINE void for_each_block_of_vectors(int64_t channels, const Body& body) {
-  int64_t c = 0;
-  for (; c + kWide * kLanes<T> <= channels; c += kWide * kLanes<T>)
-    body(Lanes<kLanes<T>>{}, Lanes<kWide>{}, c);
-  for_each_vector<T>(channels - c, [&](auto lanes, int64_t rest) { body(lanes, Lanes<1>{}, c + rest); });
+DCN_INLINE void for_each_block_of_vectors(int64_t channels, const Body& body, int64_t c = 0) {
+  if constexpr (kWide > 1) {
+    for (; c + kWide * kLanes<T> <= channels; c += kWide * kLanes<T>)
+      body(Lanes<kLanes<T>>{}, Lanes<kWide>{}, c);
+    for_each_block_of_vectors<T, kWide / 2>(channels, body, c);
+  } else {
+    for_each_vector<T>(channels - c, [&](auto lanes, int64_t rest) { body(lanes, Lanes<1>{}, c + rest); });
+  }
 }
 
 // to[channel] = (sum over the patch of weights * x) * inverse * mask. All lines weigh something.
@@ -160,12 +164,15 @@ DCN_INLINE void add_up_dots(int64_t channels, const Step& step, T* dots) {
   whole_blocks(Lanes<1>{});
   if (done == channels) return;
   Vec<T, kDotsPerBin> total = {};
-  for_each_vector<T>(channels - done, [&](auto lanes, int64_t c) {
-    constexpr int some = decltype(lanes)::count;
-    Vec<T, some> totals[1][kDotsPerBin] = {};
-    step(lanes, Lanes<1>{}, done + c, totals);
-    total += sums<T, some, kDotsPerBin>(totals[0]);
-  });
+  for_each_block_of_vectors<T, kBlockVectors / 2>(
+      channels,
+      [&](auto lanes, auto vectors, int64_t c) {
+        constexpr int some = decltype(lanes)::count;
+        Vec<T, some> totals[1][kDotsPerBin] = {};
+        step(lanes, vectors, c, totals);
+        total += sums<T, some, kDotsPerBin>(totals[0]);
+      },
+      done);
   store(dots, total);
 }
 
