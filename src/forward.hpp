@@ -108,11 +108,14 @@ void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t gro
   const T* from = weight + (group * plan.group_outputs + first) * plan.terms;
   constexpr int64_t kRun = 64;
   T block[kRun * 2 * kLanes<T>];
-  for (int64_t start = 0; start < plan.terms; start += kRun) {
+  for (int64_t start = 0, input = 0, tap = 0; start < plan.terms; start += kRun) {
     const int64_t run = least(kRun, plan.terms - start);
+    // The rows are too many streams for the processor to foresee, and may lie such that few of them fit into the
+    // nearest cache together.
+    for (int64_t column = 0; column < columns; ++column)
+      prefetch_lines<false, false>(from + column * plan.terms + start + kRun, kRun * sizeof(T));
     transpose_matrix<T>(columns, run, from + start, plan.terms, block, width);
     for (int64_t i = 0; i < run; ++i) {
-      const int64_t input = (start + i) / plan.taps, tap = (start + i) % plan.taps;
       T* to = packed + (tap * plan.group_inputs + input) * width;
       for (int64_t lane = columns; lane < width; ++lane) block[i * width + lane] = 0;
       with_channels<T>(width, [&](int64_t width) __attribute__((always_inline)) {
@@ -121,6 +124,7 @@ void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t gro
           store(to + lane, load<V>(block + i * width + lane));
         });
       });
+      if (++tap == plan.taps) tap = 0, ++input;
     }
   }
 }
