@@ -44,6 +44,8 @@ class _Repr(reprlib.Repr):
 
 
 _repr = _Repr().repr
+# Lists in lists are written at every depth: an image would fill a page.
+_LONGEST = 80
 
 
 def shown(value: Any) -> str:
@@ -53,7 +55,8 @@ def shown(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(getattr(value, "shape", None), tuple | list):
         return f"an array ({kind}) of shape {tuple(value.shape)}"
-    return f"{_repr(value)} ({kind})"
+    text = _repr(value)
+    return f"{text if len(text) <= _LONGEST else text[: _LONGEST - 3] + '...'} ({kind})"
 
 
 def extents(values: Shape) -> str:
@@ -127,7 +130,12 @@ def array_hint(value: Any) -> str:
 
 
 def groups_hint(geometry: Geometry, channels: int) -> str:
-    """Name the number of groups with which a weight of so many channels would fit."""
+    """Say what would fit a weight of so many channels: channels in another place, or so many groups."""
+    if geometry.input[-1] == channels * geometry.groups:
+        return (
+            f". The last axis of x has {geometry.input[-1]}: channels come before the spatial axes, where "
+            "numpy.moveaxis(x, -1, 1) puts them without a copy"
+        )
     groups, rest = divmod(geometry.in_channels, channels) if channels else (0, 0)
     if groups and not rest and geometry.out_channels % groups == 0:
         return f". This weight fits groups={groups}"

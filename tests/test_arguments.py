@@ -315,6 +315,20 @@ def test_groups_divide_channels(function):
     refused(function, ValueError, match, given, groups=2)
 
 
+def test_a_long_value_is_shown_in_a_few_words(function):
+    given = arrays(2, function)
+    with pytest.raises(TypeError, match=r"^offset is \[\[\[.{70,80}\.\.\. \(list\); wanted a") as caught:
+        function(**given | {"offset": given["offset"].tolist()})
+    assert len(str(caught.value)) < 300
+
+
+def test_channels_that_come_last_are_noticed(function):
+    given = arrays(2, function)
+    given["x"] = numpy.moveaxis(given["x"], 1, -1)
+    match = r"^weight has 4 channels .*\. The last axis of x has 4: .* numpy\.moveaxis\(x, -1, 1\) puts them"
+    refused(function, ValueError, match, given)
+
+
 def test_groups_of_no_channels_are_bounded():
     x, weight = numpy.ones((1, 0, 3)), numpy.ones((0, 0, 1))
     assert dcn_np.deform_conv(x, None, weight, groups=3, offset_groups=2).shape == (1, 0, 3)

@@ -271,7 +271,18 @@ def test_demo_names_what_is_missing(capsys, monkeypatch, tmp_path):
     assert main(["demo", "--output", str(tmp_path)]) == 1
     message = capsys.readouterr().err
     assert "no-such-package" in message
-    assert "pip install dcn_np[demo]" in message
+    assert "pip install 'dcn_np[demo]'" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "option"), [(["demo", "--output"], "--output"), (["bench", "--json"], "--json")], ids=str
+)
+def test_where_nothing_can_be_written_is_known_at_once(words, option, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert main([*words, str(tmp_path / "file" / "below")]) == 1
+    out, message = capsys.readouterr()
+    assert out.count("\n") <= 2  # nothing was computed yet
+    assert f"{words[0]}: {option} cannot be " in message
 
 
 @pytest.mark.parametrize("size", ["0", "31", "-5", "big"])

@@ -294,4 +294,4 @@ def test_without_matplotlib_it_says_what_to_install(folder, capsys, monkeypatch)
         importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name)
     )
     assert saw(*OWN) == 1
-    assert "pip install dcn_np[plot]" in capsys.readouterr().err
+    assert "pip install 'dcn_np[plot]'" in capsys.readouterr().err

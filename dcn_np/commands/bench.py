@@ -211,6 +211,12 @@ def main(arguments: argparse.Namespace) -> int:
     """Run the command; the exit status is 1 where a result was wrong."""
     about = environment()
     print(f"dcn_np {dcn_np.__version__}, {about['isa']}, {about['cores']} cores of {about['machine']}\n")
+    if arguments.json:
+        try:
+            arguments.json.open("a").close()  # before minutes are spent
+        except OSError as error:
+            print(f"bench: --json cannot be written: {error}", file=sys.stderr)
+            return 1
     cases = run(arguments)
     if arguments.json:
         write(arguments.json, about | {"results": [case.record() for case in cases]})

@@ -63,7 +63,12 @@ def main(args: argparse.Namespace) -> int:
     """Run the demo; 0 when every check passed."""
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
-        print(f"The demo needs {', '.join(missing)}: pip install dcn_np[demo]", file=sys.stderr)
+        print(f"The demo needs {', '.join(missing)}: pip install 'dcn_np[demo]'", file=sys.stderr)
+        return 1
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"demo: --output cannot be made: {error}", file=sys.stderr)
         return 1
     return Demo(args.size, args.output).run()
 
@@ -293,7 +298,6 @@ class Demo:
             return
         from dcn_np.commands import demo_pictures
 
-        self.output.mkdir(parents=True, exist_ok=True)
         draw(demo_pictures).savefig(self.output / name)
         self.say(f"  {self.output / name}")
 

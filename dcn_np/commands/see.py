@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Look, draw and write; 1 where something does not fit."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("see needs matplotlib: pip install dcn_np[plot]", file=sys.stderr)
+        print("see needs matplotlib: pip install 'dcn_np[plot]'", file=sys.stderr)
         return 1
     try:
         look(args)

@@ -75,7 +75,7 @@ def digits_networks(layer: str, sampling: str | None) -> tuple[list[Seen], Array
             "installs; wanted a network of your own, by --factory"
         )
     if importlib.util.find_spec("scipy") is None:
-        raise ImportError("the digits need scipy: pip install dcn_np[demo]")
+        raise ImportError("the digits need scipy: pip install 'dcn_np[demo]'")
     trained = demo_digits.TrainedDigits()
 
     def seen(variant: str) -> Seen:
