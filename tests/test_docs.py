@@ -24,3 +24,13 @@ def test_an_example_prints_what_it_says(document, section, capsys):
     ).groups()
     exec(compile(code, document, "exec"), {})
     assert capsys.readouterr().out == printed
+
+
+def test_the_examples_of_the_regions_follow_the_first(capsys):
+    names = {}
+    for section in ("First result", "Regions of interest"):
+        text = (ROOT / "README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(compile(code, section, "exec"), names)
+    assert capsys.readouterr().out.endswith("pooled (2, 16, 7, 7)\n")
+    assert names["grad_x"].shape == names["x"].shape
