@@ -66,11 +66,11 @@ def main(args: argparse.Namespace) -> int:
         print(f"The demo needs {', '.join(missing)}: pip install 'dcn_np[demo]'", file=sys.stderr)
         return 1
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        demo = Demo(args.size, args.output)
     except OSError as error:
         print(f"demo: --output cannot be made: {error}", file=sys.stderr)
         return 1
-    return Demo(args.size, args.output).run()
+    return demo.run()
 
 
 class Demo:
@@ -83,6 +83,7 @@ class Demo:
     def __init__(self, size: int, output: Path) -> None:
         self.size = size
         self.output = output
+        self.output.mkdir(parents=True, exist_ok=True)  # before anything is computed
         self.comparisons: list[Comparison | demo_digits.Count] = []
         self.lines: list[str] = []
 
