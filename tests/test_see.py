@@ -240,6 +240,7 @@ WHOLE = ["image.npy", "--factory", "see_factories:stages"]
     [
         (["nowhere.png", *OWN[1:]], "nowhere.png"),
         (["see_factories.py", *OWN[1:]], "cannot identify image file"),
+        (["words.png", *OWN[1:]], "words.png cannot be read as a picture: not a PNG file"),
         ([*OWN, "--pixel", 12, 3], "--pixel 12 3 is empty or outside the image of 12 rows and 16 columns"),
         ([*OWN, "--pixel", 3, -1], "--pixel 3 -1 is empty or outside"),
         ([*OWN, "--box", 5, 5, 4, 9], "--box 5 5 4 9 is empty or outside"),
@@ -266,6 +267,7 @@ WHOLE = ["image.npy", "--factory", "see_factories:stages"]
 def test_what_does_not_fit_is_refused_before_anything_is_written(arguments, said, folder, capsys):
     layers.save_npz(folder / "other.npz", {"a": np.ones(1)})
     np.save("words.npy", ["a", "b"])
+    (folder / "words.png").write_text("words")
     image = np.load("image.npy")
     image[0, 0, 0] = np.nan
     np.save("nan.npy", image)

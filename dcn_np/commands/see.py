@@ -127,7 +127,10 @@ def read_image(path: Path) -> Array:
     else:
         from matplotlib.image import imread
 
-        pixels = imread(path)
+        try:
+            pixels = imread(path)
+        except SyntaxError as error:  # Pillow's word for a broken PNG
+            raise ValueError(f"{path} cannot be read as a picture: {error}") from None
         image = pixels / 255 if pixels.dtype == numpy.uint8 else pixels
         image = image[None] if image.ndim == 2 else image[..., :3].transpose(2, 0, 1)
     return numpy.ascontiguousarray(image, numpy.float32)
