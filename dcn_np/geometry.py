@@ -465,7 +465,7 @@ def _check_per_tap(geometry: Geometry, name: str, shape: Shape | None, per_tap: 
     if shape[0] != geometry.batch:
         raise ValueError(f"{name} has a batch of {shape[0]}; x has {geometry.batch}: wanted the same{layout}")
     if shape[1] != per_tap * geometry.taps * geometry.offset_groups:
-        raise ValueError(messages.wrong_channels(geometry, name, shape[1], per_tap) + layout)
+        raise ValueError(messages.wrong_channels(geometry, name, shape, per_tap) + layout)
     if shape[2:] != geometry.output:
         raise ValueError(messages.wrong_extents(geometry, name, shape[2:]) + layout)
 

@@ -131,7 +131,8 @@ def array_hint(value: Any) -> str:
 
 def groups_hint(geometry: Geometry, channels: int) -> str:
     """Say what would fit a weight of so many channels: channels in another place, or so many groups."""
-    if geometry.input[-1] == channels * geometry.groups:
+    # An image as wide as it has channels times groups is common, and so is a weight made without groups.
+    if channels != geometry.in_channels and geometry.input[-1] == channels * geometry.groups:
         return (
             f". The last axis of x has {geometry.input[-1]}: channels come before the spatial axes, where "
             "numpy.moveaxis(x, -1, 1) puts them without a copy"
@@ -142,14 +143,15 @@ def groups_hint(geometry: Geometry, channels: int) -> str:
     return ""
 
 
-def wrong_channels(geometry: Geometry, name: str, channels: int, per_tap: int) -> str:
+def wrong_channels(geometry: Geometry, name: str, shape: Shape, per_tap: int) -> str:
     """Say how many channels `offset` or `mask` needs, and what those that came may be."""
-    taps, groups = geometry.taps, geometry.offset_groups
+    channels, taps, groups = shape[1], geometry.taps, geometry.offset_groups
+    wanted = (geometry.batch, per_tap * taps * groups, *geometry.output)
     product = f"{per_tap}*{taps}*{groups}" if name == "offset" else f"{taps}*{groups}"
     return (
         f"{name} has {count(channels, 'channel')}; a {extents(geometry.kernel)} kernel with "
         f"{count(groups, 'offset group')} needs {product} = {per_tap * taps * groups}"
-        f"{_channels_hint(geometry, name, channels, per_tap)}"
+        f"{transposed_hint(shape, wanted) or _channels_hint(geometry, name, channels, per_tap)}"
     )
 
 
@@ -274,7 +276,7 @@ def rois_hint(shape: Shape) -> str:
 
 
 def transposed_hint(came: Shape, wanted: Shape) -> str:
-    """Recognise offsets whose channels come last."""
+    """Recognise offsets or masks whose channels come last."""
     if came == (wanted[0], *wanted[2:], wanted[1]):
         return ". Its channels are last: numpy.moveaxis(array, -1, 1)"
     return ""

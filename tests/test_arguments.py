@@ -327,6 +327,17 @@ def test_channels_that_come_last_are_noticed(function):
     given["x"] = numpy.moveaxis(given["x"], 1, -1)
     match = r"^weight has 4 channels .*\. The last axis of x has 4: .* numpy\.moveaxis\(x, -1, 1\) puts them"
     refused(function, ValueError, match, given)
+    for name in {"offset", "mask"}.intersection(taken(function)):
+        given = arrays(2, function)
+        given[name] = numpy.moveaxis(given[name], 1, -1)
+        match = rf"^{name} has .* channels; .*\. Its channels are last: numpy\.moveaxis\(array, -1, 1\)"
+        refused(function, ValueError, match, given)
+
+
+def test_a_weight_for_one_group_is_not_taken_for_channels_that_come_last():
+    x, weight = numpy.ones((1, 4, 8, 8)), numpy.ones((6, 4, 3, 3))
+    with pytest.raises(ValueError, match=r"wanted 4/2 = 2\. This weight fits groups=1$"):
+        dcn_np.deform_conv(x, None, weight, groups=2)
 
 
 def test_groups_of_no_channels_are_bounded():
