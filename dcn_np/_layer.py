@@ -12,7 +12,7 @@ from . import cpu
 from .arrays import Array, kind_of
 from .backends import backend_of
 from .geometry import checked_integers
-from .messages import dtype_wanted, listed, number, shown
+from .messages import listed, number, shown
 
 if TYPE_CHECKING:
     from typing import Self
@@ -197,7 +197,7 @@ def checked_dtype(value: DTypeLike) -> numpy.dtype[Any]:
         raise TypeError(f"dtype is {shown(value)}; wanted one of NumPy's, such as float32") from None
     computed = backend_of(numpy.empty(0)).dtypes()
     if dtype not in computed:
-        raise TypeError(f"dtype is {dtype}; wanted {dtype_wanted(dtype, computed)}")
+        raise TypeError(f"dtype is {dtype}; wanted one of {', '.join(map(str, computed))}")
     return dtype
 
 

@@ -86,6 +86,8 @@ def dtype_wanted(dtype: Any, supported: Sequence[Any]) -> str:
     names = f"{', '.join(others)} or {last}"
     if dtype.kind == "f" and not dtype.isnative:
         return f"{names} in the byte order of this machine: astype(dtype.newbyteorder('=')) converts"
+    if dtype.kind in "iub":
+        return f"{names}: astype(numpy.float32) converts"
     return names
 
 

@@ -440,6 +440,9 @@ def test_dtypes_that_are_not_computed(function, dtype):
 
 def test_hints_of_dtypes():
     given = arrays(2, dcn_np.deform_conv)
+    image = {"x": numpy.ones(given["x"].shape, numpy.uint8)}
+    match = r"^x has dtype uint8; wanted .*float16: astype\(numpy\.float32\) converts"
+    refused(dcn_np.deform_conv, TypeError, match, given | image)
     swapped = given["x"].astype(given["x"].dtype.newbyteorder())
     refused(dcn_np.deform_conv, TypeError, "byte order of this machine", given | {"x": swapped})
 

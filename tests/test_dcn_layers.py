@@ -366,7 +366,7 @@ def test_every_layer_says_what_it_is(kind):
         ({"bias": np.ones(6)}, TypeError, r"bias is an array .*; wanted True or False"),
         ({"rng": np.ones(1)}, TypeError, r"rng is an array .*; wanted an integer"),
         ({"rng": -1}, ValueError, "rng is -1; wanted a numpy.random.Generator, or a seed of at least 0"),
-        ({"dtype": int}, TypeError, "dtype is int64; wanted .*float32"),
+        ({"dtype": int}, TypeError, "dtype is int64; wanted one of float32, float64, float16"),
         ({"dtype": "real"}, TypeError, "dtype is 'real'; wanted one of NumPy's, such as float32"),
         ({"mask_activation": ["sigmoid"]}, TypeError, r"mask_activation is \['sigmoid'\] \(list\); wanted"),
         (
