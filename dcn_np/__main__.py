@@ -12,7 +12,7 @@ import dcn_np
 COMMANDS = {
     "doctor": "show what this installation is made of, and check that it computes correctly",
     "demo": "convolve a photograph forward and backward, check the result and draw it",
-    "bench": "time the operators on the layers of real networks, beside other libraries",
+    "bench": "time the operators on the layers of real networks, every result checked first",
     "see": "draw what nodes of a network see in an image: samples, receptive fields, saliency regions",
 }
 

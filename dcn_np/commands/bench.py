@@ -120,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser, shapes: Sequence[str] = SHORT
     names = f"{', '.join(PROBLEMS)}; {words} {','.join(shapes)}"
     add("--shapes", type=subset(PROBLEMS), default=list(shapes), help=names)
     add_pass_arguments(parser)
-    add("--dtype", type=subset(DTYPES), default=["float32"], help=f"{words} float32")
+    add("--dtype", type=subset(DTYPES), default=["float32"], help=f"{', '.join(DTYPES)}; {words} float32")
     add("--isa", type=subset(dcn_np.available_isas()), default=[], help=f"{words} the one in use")
     add_run_arguments(parser)
 
@@ -128,7 +128,8 @@ def add_arguments(parser: argparse.ArgumentParser, shapes: Sequence[str] = SHORT
 def add_pass_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the passes and threads to time."""
     words = "comma-separated; default"
-    parser.add_argument("--passes", type=subset(PASSES), default=list(PASSES), help=f"{words} forward,both")
+    passes = f"forward, or both: forward and backward; {words} forward,both"
+    parser.add_argument("--passes", type=subset(PASSES), default=list(PASSES), help=passes)
     parser.add_argument("--threads", type=counts, default=None, help=f"{words} 1 and all that may be used")
 
 
