@@ -440,7 +440,7 @@ def set_float32_matmul(value: str) -> None:
     Parameters
     ----------
     value : {"strict", "tf32"}
-        "strict" keeps every bit of the factors, "tf32" may round them to 10 bits for speed. A CPU is always
+        "strict" keeps every bit of the factors, "tf32" may round them to 11 bits for speed. A CPU is always
         strict.
 
     Raises
