@@ -141,7 +141,9 @@ cdef class Memory:
         else:
             kinds = {0: "int", 1: "uint", 2: "float", 3: "handle", 4: "bfloat", 5: "complex", 6: "bool"}
             kind = kinds.get(tensor.dtype.code, f"kind {tensor.dtype.code} of ")
-            raise TypeError(f"it holds {kind}{tensor.dtype.bits}")
+            raise TypeError(
+                f"it holds {kind}{tensor.dtype.bits}; wanted float32, float64, float16 or bfloat16"
+            )
         self.format[1] = 0
         self.itemsize = tensor.dtype.bits // 8
         if not 0 <= tensor.ndim <= MOST_AXES:

@@ -243,6 +243,11 @@ def test_devices_are_compared():
         dcn_np.modulated_deform_conv(*others, weight, None, *problem.parameters)
 
 
+def test_integers_are_refused_with_what_is_wanted():
+    with pytest.raises(TypeError, match=r"it holds int32; wanted float32, float64, float16 or bfloat16$"):
+        consume(Hostile(code=0))
+
+
 def test_what_a_library_raises_is_passed_on_with_the_name():
     with pytest.raises(TypeError, match=r"^x is .*cannot be read through DLPack: conjugated"):
         call(problem_of(), Broken)
