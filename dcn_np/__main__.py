@@ -36,7 +36,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 when everything it checked is right."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.command != "doctor":  # which reports it
+        try:
+            dcn_np.get_num_threads()
+        except ValueError as error:
+            parser.error(str(error))
     return int(args.run(args) or 0)
 
 

@@ -285,6 +285,17 @@ def test_where_nothing_can_be_written_is_known_at_once(words, option, capsys, tm
     assert f"{words[0]}: {option} cannot be " in message
 
 
+@pytest.mark.parametrize("words", [["demo"], ["bench", "--shapes", "S9"], ["see"]], ids=str)
+def test_a_wrong_limit_of_threads_is_refused_at_once(words, capsys, monkeypatch):
+    monkeypatch.setenv("DCN_NP_NUM_THREADS", "0")
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    out, message = capsys.readouterr()
+    assert not out
+    assert message.endswith("error: DCN_NP_NUM_THREADS is '0'; wanted an integer of at least 1\n")
+
+
 @pytest.mark.parametrize("size", ["0", "31", "-5", "big"])
 def test_demo_refuses_a_bad_size(size, capsys):
     with pytest.raises(SystemExit) as stop:
