@@ -240,7 +240,11 @@ WHOLE = ["image.npy", "--factory", "see_factories:stages"]
     [
         (["nowhere.png", *OWN[1:]], "nowhere.png"),
         (["see_factories.py", *OWN[1:]], "cannot identify image file"),
-        (["words.png", *OWN[1:]], "words.png cannot be read as a picture: not a PNG file"),
+        (["words.png", *OWN[1:]], "words.png cannot be read: not a PNG file"),
+        (["cut.png", *OWN[1:]], "cut.png cannot be read: "),
+        (["empty.npy", *OWN[1:]], "empty.npy cannot be read: No data left in file"),
+        (["cut.npy", *OWN[1:]], "cut.npy cannot be read: "),
+        ([*OWN, "--seed", -1], "--seed is -1; wanted at least 0"),
         ([*OWN, "--pixel", 12, 3], "--pixel 12 3 is empty or outside the image of 12 rows and 16 columns"),
         ([*OWN, "--pixel", 3, -1], "--pixel 3 -1 is empty or outside"),
         ([*OWN, "--box", 5, 5, 4, 9], "--box 5 5 4 9 is empty or outside"),
@@ -265,9 +269,15 @@ WHOLE = ["image.npy", "--factory", "see_factories:stages"]
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(arguments, said, folder, capsys):
+    from matplotlib.image import imsave
+
     layers.save_npz(folder / "other.npz", {"a": np.ones(1)})
     np.save("words.npy", ["a", "b"])
     (folder / "words.png").write_text("words")
+    (folder / "empty.npy").write_bytes(b"")
+    (folder / "cut.npy").write_bytes((folder / "image.npy").read_bytes()[:200])
+    imsave(folder / "cut.png", np.ones((12, 16)))
+    (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:-40])
     image = np.load("image.npy")
     image[0, 0, 0] = np.nan
     np.save("nan.npy", image)

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,8 @@ def look(args: argparse.Namespace) -> None:
     """Look at every node of every network, then draw and write."""
     from dcn_np.analysis import plot
 
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}; wanted at least 0")
     networks, default_image = see_networks.from_arguments(args)
     image = default_image if args.image is None else read_image(args.image)
     if image is None:
@@ -118,7 +120,7 @@ def look(args: argparse.Namespace) -> None:
 def read_image(path: Path) -> Array:
     """Read a picture or an array as (channels, height, width), float32."""
     if path.suffix == ".npy":
-        image = numpy.load(path, allow_pickle=False)
+        image = _read(path, lambda path: numpy.load(path, allow_pickle=False))
         if image.ndim not in (2, 3) or image.dtype.kind not in "fiu":
             raise ValueError(
                 f"{path} has shape {image.shape}, {image.dtype}; wanted numbers (channels, height, width)"
@@ -127,13 +129,19 @@ def read_image(path: Path) -> Array:
     else:
         from matplotlib.image import imread
 
-        try:
-            pixels = imread(path)
-        except SyntaxError as error:  # Pillow's word for a broken PNG
-            raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+        pixels = _read(path, imread)
         image = pixels / 255 if pixels.dtype == numpy.uint8 else pixels
         image = image[None] if image.ndim == 2 else image[..., :3].transpose(2, 0, 1)
     return numpy.ascontiguousarray(image, numpy.float32)
+
+
+def _read(path: Path, reader: Callable[[Path], Array]) -> Array:
+    try:
+        return reader(path)
+    except (EOFError, OSError, SyntaxError, ValueError) as error:  # SyntaxError is Pillow's of a broken PNG
+        if isinstance(error, OSError) and error.filename is not None:  # the system's, which names the file
+            raise
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def fitted(image: Array, channels: int) -> Array:
