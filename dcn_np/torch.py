@@ -404,6 +404,8 @@ class _DeformConv(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
+        if isinstance(padding, str):  # a string would pass for one entry per axis
+            raise TypeError(f"padding is {padding!r}; wanted an integer, or one per axis")
         kernel, self.stride, self.padding, self.dilation = (
             tuple(per_axis(value, self.ndim)) for value in (kernel_size, stride, padding, dilation)
         )

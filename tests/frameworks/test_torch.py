@@ -362,6 +362,8 @@ def test_the_masks_of_the_authors_begin_at_one():
     assert torch.allclose(module(x), nn.functional.conv2d(x, module.weight), atol=1e-5)
     with pytest.raises(ValueError, match="mask_activation is 'tanh'; wanted one of"):
         dcn_torch.ModulatedDeformConv2d(4, 6, 3, mask_activation="tanh")
+    with pytest.raises(TypeError, match=r"^padding is 'same'; wanted an integer, or one per axis"):
+        dcn_torch.ModulatedDeformConv2d(4, 6, 3, padding="same")
 
 
 def test_the_branches_learn_slower():
