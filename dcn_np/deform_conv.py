@@ -343,7 +343,7 @@ def modulated_deform_conv(
     geometry = Geometry.of(
         backend.dtypes(), x, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups
     )
-    matmul = _float32_matmul if float32_matmul is None else checked_float32_matmul(float32_matmul)
+    matmul = chosen_float32_matmul(float32_matmul)
     destination = kind.take_optional("out", out)
     if destination is not None:
         check_out(geometry, backend.may_share_memory, destination, x, offset, mask, weight, bias)
@@ -426,7 +426,7 @@ def modulated_deform_conv_backward(
         backend.dtypes(), x, offset, mask, weight, None, stride, padding, dilation, groups, offset_groups
     )
     check_grad_output(geometry, grad_output)
-    matmul = _float32_matmul if float32_matmul is None else checked_float32_matmul(float32_matmul)
+    matmul = chosen_float32_matmul(float32_matmul)
     missing = [name for name, given in (("offset", offset), ("mask", mask)) if given is None]
     gradients = backend.deform_conv_backward(
         geometry, grad_output, x, offset, mask, weight, needs.difference(missing), deterministic, matmul
@@ -471,3 +471,8 @@ def get_float32_matmul() -> str:
     set_float32_matmul : Set it.
     """
     return _float32_matmul
+
+
+def chosen_float32_matmul(value: str | None) -> str:
+    """Return what a call says of float32_matmul, or what is set where it says nothing."""
+    return _float32_matmul if value is None else checked_float32_matmul(value)

@@ -26,8 +26,8 @@ from . import cuda
 from .arrays import cupy_for
 from .backends import Gradients
 from .cpu import dtypes, xla_handlers
-from .deform_conv import get_float32_matmul
-from .geometry import Geometry, checked_flag, checked_float32_matmul
+from .deform_conv import chosen_float32_matmul
+from .geometry import Geometry, checked_flag
 from .threads import share_process_limit
 
 __all__ = ["deform_conv", "modulated_deform_conv"]
@@ -184,7 +184,7 @@ def modulated_deform_conv(
              [1.75, 2.25, 1.25]]]], dtype=float32)
     """
     deterministic = checked_flag("deterministic", deterministic)
-    matmul = get_float32_matmul() if float32_matmul is None else checked_float32_matmul(float32_matmul)
+    matmul = chosen_float32_matmul(float32_matmul)
     x, weight = _taken("x", x), _taken("weight", weight)
     offset, mask, bias = (
         None if array is None else _taken(name, array)

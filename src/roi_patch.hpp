@@ -86,8 +86,8 @@ DCN_INLINE void for_each_piece(int64_t rows, int64_t columns, const Body& body) 
            column + kPiece < columns ? column + kPiece : columns);
 }
 
-// Calls body(lanes, vectors, channel) for kWide vectors of channels at a time, a power of two, then for half as
-// many, ..., and for the rest.
+// Calls body(lanes, vectors, channel) for the channels from c on: kWide vectors at a time, a power of two, then half
+// as many, ..., and the rest.
 template <class T, int kWide, class Body>
 DCN_INLINE void for_each_block_of_vectors(int64_t channels, const Body& body, int64_t c = 0) {
   if constexpr (kWide > 1) {

@@ -66,11 +66,11 @@ def main(args: argparse.Namespace) -> int:
         print(f"The demo needs {', '.join(missing)}: pip install 'dcn_np[demo]'", file=sys.stderr)
         return 1
     try:
-        demo = Demo(args.size, args.output)
+        args.output.mkdir(parents=True, exist_ok=True)  # before anything is computed
     except OSError as error:
         print(f"demo: --output cannot be made: {error}", file=sys.stderr)
         return 1
-    return demo.run()
+    return Demo(args.size, args.output).run()
 
 
 class Demo:
@@ -83,7 +83,6 @@ class Demo:
     def __init__(self, size: int, output: Path) -> None:
         self.size = size
         self.output = output
-        self.output.mkdir(parents=True, exist_ok=True)  # before anything is computed
         self.comparisons: list[Comparison | demo_digits.Count] = []
         self.lines: list[str] = []
 
@@ -299,6 +298,7 @@ class Demo:
             return
         from dcn_np.commands import demo_pictures
 
+        self.output.mkdir(parents=True, exist_ok=True)
         draw(demo_pictures).savefig(self.output / name)
         self.say(f"  {self.output / name}")
 

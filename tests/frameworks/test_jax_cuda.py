@@ -14,8 +14,19 @@ import pytest
 from jax.experimental.buffer_callback import buffer_callback
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from problems import assert_close
-from test_jax import FLOATS, NAMES, backward, convolution, problem_of, stacks
+from test_jax import (
+    EMPTY,
+    FLOATS,
+    NAMES,
+    WITHOUT,
+    backward,
+    check_against_the_reference,
+    check_bits,
+    check_empty,
+    convolution,
+    problem_of,
+    stacks,
+)
 
 import dcn_np
 from dcn_np import cuda
@@ -74,45 +85,22 @@ def gpu(monkeypatch):
     lower(dcn_jax._on_cpu)
 
 
+@pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("ndim", [1, 2, 3])
-def test_against_the_reference(gpu, ndim, dtype):
-    problem, arrays, parameters = problem_of(ndim, dtype)
-    scales = problem.scales()
-    y = jax.jit(convolution(parameters))(*arrays)
-    assert y.dtype == dtype
-    assert_close(y, problem.expected_forward(), dtype, scales["y"], what="y")
-    gradients = backward(problem, arrays)
-    for name, want in problem.expected_backward()._asdict().items():
-        assert gradients[name].dtype == dtype
-        assert_close(gradients[name], want, dtype, scales[name], what=name)
+def test_against_the_reference(ndim, dtype):
+    check_against_the_reference(ndim, dtype)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("without", [(), ("offset",), ("mask",), ("bias",), ("offset", "mask", "bias")])
+@pytest.mark.parametrize("without", WITHOUT)
 def test_the_bits_are_those_of_the_plain_functions(gpu, without, dtype):
-    problem, arrays, parameters = problem_of(
-        dtype=dtype, **{f"with_{name}": name not in without for name in ("offset", "mask", "bias")}
-    )
-    want = problem.forward(gpu, modulated=True)
-    assert np.array_equal(convolution(parameters)(*arrays), want)
-    assert np.array_equal(jax.jit(convolution(parameters))(*arrays), want)
-    gradients = backward(problem, arrays)
-    for name, gradient in problem.backward(gpu, modulated=True)._asdict().items():
-        if name in without:
-            assert gradients[name] is None
-        else:
-            assert np.array_equal(gradients[name], gradient), name
+    check_bits(gpu, without, dtype)
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"batch": 0}, {"in_channels": 0, "groups": 1}, {"out_channels": 0}], ids=str
-)
+@pytest.mark.parametrize("sizes", EMPTY, ids=str)
 def test_empty_arrays(gpu, sizes):
-    problem, arrays, parameters = problem_of(**sizes)
-    assert np.array_equal(convolution(parameters)(*arrays), problem.forward(gpu))
-    for name, gradient in problem.backward(gpu)._asdict().items():
-        assert np.array_equal(backward(problem, arrays)[name], gradient), name
+    check_empty(gpu, sizes)
 
 
 def test_kernels_are_queued_on_the_stream_of_xla(gpu):
