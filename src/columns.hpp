@@ -43,8 +43,9 @@ struct Tile {
       for (int axis = NDim - 1; axis >= 0 && ++at[axis] == geometry.output[axis] && axis > 0; --axis)
         at[axis] = 0;
     }
+    // A vector of positions may reach past the last: as if that were there once more.
     for (int64_t p = count; p < kTilePositions && p % kMostLanes; ++p)
-      for (int axis = 0; axis < NDim; ++axis) origin[axis][p] = 0;
+      for (int axis = 0; axis < NDim; ++axis) origin[axis][p] = origin[axis][count - 1];
   }
 };
 
@@ -167,6 +168,7 @@ struct Samples {
 template <class L, class T, int NDim>
 DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
                        const Displacement<T, NDim>& moved, int64_t p, AxisSample<L> (&axes)[NDim]) {
+#pragma GCC unroll 8
   for (int axis = 0; axis < NDim; ++axis) {
     const auto origin = load<Vec<int64_t, L::count>>(&tile.origin[axis][p]);
     const auto base = convert<typename L::Index>(origin) + L::index(tap.reach[axis]);
@@ -176,23 +178,31 @@ DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const T
   moved.prefetch(tap.index + 1, tile.first + p, least(L::count, tile.count - p));
 }
 
-// Writes the address of a corner's pixel for each position; where it is not `readable` that of `nothing`.
+// The pixels of the corners of cells: found once, not again for every corner. Holds copies, for a compiler must take it
+// that addresses which are stored may be what it was given.
 template <class L, int NDim>
-DCN_INLINE void store_addresses(const AxisSample<L> (&axes)[NDim], int corner, const Pixels<NDim>& pixels,
-                                typename L::Mask readable, const void* nothing, int64_t* to) {
+struct CornerPixels {
   using Addresses = Vec<int64_t, L::count>;
-  typename L::Index distance = {};
-  for (int axis = 0; axis < NDim; ++axis) {
-    distance += axes[axis].cell * L::index(pixels.axis[axis]);
-    if (corner_bit<NDim>(corner, axis)) distance += L::index(pixels.axis[axis]);
+  typename L::Index cell = {};  // distance of the first corner in bytes
+  Pixels<NDim> pixels;
+  int64_t nothing;
+
+  DCN_INLINE CornerPixels(const AxisSample<L> (&axes)[NDim], const Pixels<NDim>& pixels, const void* nothing)
+      : pixels(pixels), nothing(reinterpret_cast<int64_t>(nothing)) {
+    for (int axis = 0; axis < NDim; ++axis) cell += axes[axis].cell * L::index(pixels.axis[axis]);
   }
-  // Arithmetic instead of a selection: compilers take selections of vectors wider than a register apart.
-  const int64_t from = reinterpret_cast<int64_t>(nothing),
-                to_pixels = reinterpret_cast<int64_t>(pixels.data) - from;
-  const Addresses chosen =
-      (convert<Addresses>(distance) + (to_pixels - Addresses{})) & convert<Addresses>(readable);
-  store(to, chosen + (from - Addresses{}));
-}
+  // Writes the address of a corner's pixel for each position; where it is not `readable` that of `nothing`.
+  DCN_INLINE void store_addresses(int corner, typename L::Mask readable, int64_t* to) const {
+    int64_t from_cell = 0;
+    for (int axis = 0; axis < NDim; ++axis)
+      if (corner_bit<NDim>(corner, axis)) from_cell += pixels.axis[axis];
+    // Arithmetic instead of a selection: compilers take selections of vectors wider than a register apart.
+    const int64_t to_corner = reinterpret_cast<int64_t>(pixels.data) + from_cell - nothing;
+    const Addresses chosen =
+        (convert<Addresses>(cell) + (to_corner - Addresses{})) & convert<Addresses>(readable);
+    store(to, chosen + (nothing - Addresses{}));
+  }
+};
 
 // Whether 32-bit indices hold every position on the rigid grid and, with `pixels`, reach every pixel.
 template <class T, int NDim>
@@ -213,31 +223,61 @@ bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {}
 
 // Calls body(lanes) with the lanes to locate with.
 template <class T, class Body>
-DCN_INLINE void with_lanes(bool narrow, const Body& body) {
+DCN_INLINE auto with_lanes(bool narrow, const Body& body) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (narrow) return body(NarrowLanes{});
   }
-  body(WideLanes<T>{});
+  return body(WideLanes<T>{});
 }
 
-// Corners to be read with their weights, for every position of the tile: all that a sample's value needs.
+// Pixels whose first coordinate is in [begin, end).
+struct Slab {
+  int64_t begin, end;
+};
+
+// The slab that the cells of some axes meet, begin >= end for none.
+template <class L>
+struct SlabFinder {
+  typename L::Index low = L::index(INT32_MAX), high = L::index(-2);  // of the cells
+
+  DCN_INLINE void add(const AxisSample<L>& axis) {
+    const auto supported = axis.inside[0] | axis.inside[1];
+    low = L::select(supported & (axis.cell < low), axis.cell, low);
+    high = L::select(supported & (axis.cell > high), axis.cell, high);
+  }
+  Slab found(int64_t extent) const {
+    Slab slab = {low[0], high[0]};
+    for (int i = 1; i < L::count; ++i) {
+      if (low[i] < slab.begin) slab.begin = low[i];
+      if (high[i] > slab.end) slab.end = high[i];
+    }
+    return {slab.begin > 0 ? slab.begin : 0, slab.end + 2 < extent ? slab.end + 2 : extent};
+  }
+};
+
+// Corners to be read with their weights, for every position of the tile: all that a sample's value needs. Returns what
+// of the image they lie in.
 template <class T, int NDim>
-void locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
+Slab locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
                    const Displacement<T, NDim>& moved, const Pixels<NDim>& pixels, const void* zeros,
                    Samples<T, NDim>& samples) {
-  with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry, pixels), [&](auto lanes) {
+  return with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry, pixels), [&](auto lanes) {
     using L = decltype(lanes);
+    SlabFinder<L> slab;
     for (int64_t p = 0; p < tile.count; p += L::count) {
       AxisSample<L> axes[NDim];
       locate<L>(geometry, tile, tap, moved, p, axes);
+      slab.add(axes[0]);
       const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
+      const CornerPixels<L, NDim> corners(axes, pixels, zeros);
 #pragma GCC unroll 8
       for (int corner = 0; corner < kCorners<NDim>; ++corner) {
         typename L::Mask used;
         store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
-        store_addresses<L, NDim>(axes, corner, pixels, used, zeros, &samples.address[corner][p]);
+        corners.store_addresses(corner, used, &samples.address[corner][p]);
       }
     }
+    return slab.found(geometry.input[0]);
   });
 }
 
@@ -307,13 +347,14 @@ void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<
       AxisSample<L> axes[NDim];
       locate<L>(geometry, tile, tap, moved, p, axes);
       const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
+      const CornerPixels<L, NDim> of_x(axes, x, zeros), of_grad_x(axes, grad_x, nowhere);
 #pragma GCC unroll 8
       for (int corner = 0; corner < kCorners<NDim>; ++corner) {
         typename L::Mask used;
         store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
         const auto readable = corner_inside<L, NDim>(axes, corner);
-        store_addresses<L, NDim>(axes, corner, x, readable, zeros, &samples.read[corner][p]);
-        store_addresses<L, NDim>(axes, corner, grad_x, used, nowhere, &samples.scatter[corner][p]);
+        of_x.store_addresses(corner, readable, &samples.read[corner][p]);
+        of_grad_x.store_addresses(corner, used, &samples.scatter[corner][p]);
       }
     }
   });

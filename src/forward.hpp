@@ -1,4 +1,7 @@
 // The forward pass: tiles of positions go through locate, gather and contract while they are in cache.
+//
+// A tile also sees to the channels-last copies of what it samples, unless a tile before it did: they are then read while
+// they are in cache too. Small images are copied before, not to let threads wait for each other.
 #pragma once
 
 #include "plan.hpp"
@@ -19,6 +22,8 @@ struct ForwardPlan : Plan<T, NDim> {
   int64_t columns_stride, sums_stride;
   int64_t tile_positions, tiles;
   int64_t round_images;  // images whose channels-last copies exist at the same time
+  int64_t copies;        // items that the copy of an image consists of
+  bool copied_by_tiles;
   int threads;
 
   ForwardPlan(const ForwardArguments& arguments, int threads)
@@ -30,9 +35,11 @@ struct ForwardPlan : Plan<T, NDim> {
     constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 2304 / sizeof(T), kColumnsBytes = 400 << 10;
     terms = taps * this->group_inputs;
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
-    chunk_taps = ceiling(taps, ceiling(taps * channels, kChunkTerms));
+    // A small weight group is multiplied in one go: its sums are loaded and stored once.
+    const bool whole = geometry.groups > 1 && terms <= kChunkTerms;
+    chunk_taps = whole ? taps : ceiling(taps, ceiling(taps * channels, kChunkTerms));
     columns_stride = this->depthwise ? 0 : ceiling(chunk_taps * channels, kLine) * kLine + kLine;
-    sums_stride = this->depthwise ? channels : geometry.groups * panels.padded();
+    sums_stride = uncrowded<T>(this->depthwise ? channels : geometry.groups * panels.padded());
 
     const int64_t per_position = (columns_stride + 1) * sizeof(T);
     const int64_t fitting = kColumnsBytes / per_position / kTileRows * kTileRows;
@@ -46,6 +53,9 @@ struct ForwardPlan : Plan<T, NDim> {
     const size_t image_bytes = x.buffer_elements() * sizeof(T) + 1;
     const int64_t images = static_cast<int64_t>(kRoundBytes * threads / image_bytes);
     round_images = x.in_place ? geometry.batch : clamp(images, 1, geometry.batch);
+    constexpr int64_t kFewCopies = 8;
+    copies = x.copy_items();
+    copied_by_tiles = copies > kFewCopies;
   }
   // What the busiest thread has to do with tiles of this size, in positions: a tile never changes the bits of a result.
   // To go through the weights once more costs as much as a few positions.
@@ -76,10 +86,13 @@ struct ForwardBuffers {
   T* x;
   T* weights;
   T* zeros;
+  unsigned char* copied;  // marks of the items of a round
   struct PerThread {
     Samples<T, NDim>* samples;
     T* columns;
     T* sums;
+    int64_t image;  // of which `provided` is there
+    Slab provided;
   };
   PerThread* thread;
 
@@ -88,11 +101,14 @@ struct ForwardBuffers {
     weights =
         plan.prepared ? static_cast<T*>(plan.prepared->weights) : PackedWeights<T, NDim>(plan, space).data;
     zeros = space.take<T>(plan.geometry.in_channels);
+    copied = space.take<unsigned char>(plan.x.most_copy_items() * plan.round_images);
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
       const PerThread mine = {space.take<Samples<T, NDim>>(1),
                               space.take<T>(plan.columns_stride * plan.tile_positions),
-                              space.take<T>(plan.sums_stride * plan.tile_positions * plan.sums_buffers())};
+                              space.take<T>(plan.sums_stride * plan.tile_positions * plan.sums_buffers()),
+                              -1,
+                              {0, 0}};
       if (thread) thread[i] = mine;
     }
     if (zeros) __builtin_memset(zeros, 0, plan.geometry.in_channels * sizeof(T));
@@ -167,20 +183,38 @@ class ForwardRun {
   const Geometry& geometry() const { return plan_.geometry; }
   T* image_buffer(int64_t slot) const { return buffers_.x + slot * plan_.x.buffer_elements(); }
 
-  // Channels-last copies of the images of a round; before the first also the packed weights, if they are not there.
+  // What a round needs before its tiles: the packed weights, if they are not there, and copies.
   bool prepare(int64_t first, int64_t images) {
     const Packing<T, NDim> packing = {plan_, static_cast<const T*>(arguments_.weight), buffers_.weights};
-    const int64_t copies = plan_.x.copy_items(), packs = first > 0 || plan_.prepared ? 0 : packing.items();
-    return team_.run(packs + copies * images, [&](int64_t item, int) {
+    const int64_t packs = first > 0 || plan_.prepared ? 0 : packing.items(), copies = plan_.copies;
+    if (plan_.copied_by_tiles) __builtin_memset(buffers_.copied, 0, copies * images);
+    return team_.run(packs + (plan_.copied_by_tiles ? 0 : copies * images), [&](int64_t item, int) {
       if (item < packs) return packing.pack(item);
-      copy(first, (item - packs) / copies, (item - packs) % copies);
+      item -= packs;
+      copy(first + item / copies, item / copies, item % copies);
     });
   }
 
-  void copy(int64_t first, int64_t slot, int64_t item) {
+  void copy(int64_t image, int64_t slot, int64_t item) {
     const int64_t channels = plan_.offset_group_channels;
     for (int64_t group = 0; group < geometry().offset_groups; ++group)
-      plan_.x.copy_in(first + slot, item, image_buffer(slot), group * channels, channels);
+      plan_.x.copy_in(image, item, image_buffer(slot), group * channels, channels);
+  }
+
+  // Sees to the copies of a slab of an image.
+  DCN_INLINE void provide(int64_t image, int64_t slot, Slab slab, Thread& mine) {
+    if (!plan_.copied_by_tiles || slab.begin >= slab.end) return;
+    if (mine.image != image) mine.image = image, mine.provided = {slab.begin, slab.begin};
+    if (slab.begin < mine.provided.begin || slab.end > mine.provided.end) copy_slab(image, slot, slab, mine);
+  }
+  __attribute__((noinline)) void copy_slab(int64_t image, int64_t slot, Slab slab, Thread& mine) {
+    const int64_t pixels = plan_.x.pixels / geometry().input[0];
+    const int64_t last = plan_.x.copy_item(slab.end * pixels - 1);
+    for (int64_t item = plan_.x.copy_item(slab.begin * pixels); item <= last; ++item)
+      Team::once(buffers_.copied[slot * plan_.copies + item], [&] { copy(image, slot, item); });
+    const Slab& had = mine.provided;
+    const bool touching = slab.begin <= had.end && had.begin <= slab.end;
+    mine.provided = touching ? Slab{least(slab.begin, had.begin), -least(-slab.end, -had.end)} : slab;
   }
 
   bool tiles(int64_t first, int64_t images) {
@@ -200,14 +234,17 @@ class ForwardRun {
   // channels). The taps of a group find the same pixels in the cache, so they follow each other.
   template <class Body>
   void for_each_sampled_tap(int64_t first, int64_t slot, const Tile<NDim>& tile, int64_t begin, int64_t end,
-                            Samples<T, NDim>& samples, const Body& body) {
+                            Thread& mine, const Body& body) {
     const int64_t image = first + slot, channels = plan_.offset_group_channels;
     for (int64_t group = 0; group < geometry().offset_groups; ++group) {
       const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, arguments_.positions, plan_.taps,
                                         image, group, geometry().offset_groups);
       const Pixels<NDim> pixels = plan_.x.view(image, image_buffer(slot), group * channels, channels);
       for (int64_t tap = begin; tap < end; ++tap) {
-        locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels, buffers_.zeros, samples);
+        provide(image, slot,
+                locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels, buffers_.zeros,
+                              *mine.samples),
+                mine);
         body(tap, group * channels, channels);
       }
     }
@@ -217,12 +254,11 @@ class ForwardRun {
     if (plan_.terms == 0) __builtin_memset(mine.sums, 0, plan_.sums_stride * tile.count * sizeof(T));
     for (int64_t first = 0; first < plan_.taps; first += plan_.chunk_taps) {
       const int64_t end = least(first + plan_.chunk_taps, plan_.taps);
-      for_each_sampled_tap(first_image, slot, tile, first, end, *mine.samples,
-                           [&](int64_t tap, int64_t channel, int64_t channels) {
-                             T* columns = mine.columns + (tap - first) * geometry().in_channels + channel;
-                             gather_columns<T, NDim>(*mine.samples, tile.count, channels, columns,
-                                                     plan_.columns_stride);
-                           });
+      for_each_sampled_tap(
+          first_image, slot, tile, first, end, mine, [&](int64_t tap, int64_t channel, int64_t channels) {
+            T* columns = mine.columns + (tap - first) * geometry().in_channels + channel;
+            gather_columns<T, NDim>(*mine.samples, tile.count, channels, columns, plan_.columns_stride);
+          });
       for (int64_t group = 0; group < geometry().groups; ++group)
         for (int64_t panel = 0; panel < plan_.panels.count(); ++panel) {
           if (!team_.keep_going(thread)) return false;
@@ -266,8 +302,7 @@ class ForwardRun {
   void sum_per_channel(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine) {
     const int64_t stride = plan_.sums_stride;
     for_each_sampled_tap(
-        first_image, slot, tile, 0, plan_.taps, *mine.samples,
-        [&](int64_t tap, int64_t channel, int64_t channels) {
+        first_image, slot, tile, 0, plan_.taps, mine, [&](int64_t tap, int64_t channel, int64_t channels) {
           const bool fresh = tap % kOutputPiece == 0,
                      last = (tap + 1) % kOutputPiece == 0 || tap + 1 == plan_.taps;
           const T* weights = buffers_.weights + tap * geometry().in_channels + channel;

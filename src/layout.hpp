@@ -7,6 +7,7 @@
 #include "arrays.hpp"
 #include "columns.hpp"
 #include "halves.hpp"
+#include "integers.hpp"
 #include "vector.hpp"
 
 namespace dcn::DCN_ISA {
@@ -231,7 +232,17 @@ struct Images {
   int64_t copy_items() const {
     if (in_place || pixels == 0) return 0;
     const Rows<NDim> rows(extents, array.axis);
-    return rows.rows * ((rows.length + kCopyPixels - 1) / kCopyPixels);
+    return rows.rows * ceiling(rows.length, kCopyPixels);
+  }
+  // As many as there can be, whatever the strides.
+  int64_t most_copy_items() const {
+    const int64_t length = extents[NDim - 1];
+    return in_place || pixels == 0 ? 0 : pixels / length * ceiling(length, kCopyPixels);
+  }
+  // The item with a pixel, numbered in the order of the axes.
+  int64_t copy_item(int64_t pixel) const {
+    const Rows<NDim> rows(extents, array.axis);
+    return pixel / rows.length * ceiling(rows.length, kCopyPixels) + pixel % rows.length / kCopyPixels;
   }
   void copy_in(int64_t image, int64_t item, T* buffer, int64_t first, int64_t count) const {
     with_item(image, item, first, [&](int64_t pixel, int64_t pixels, const StoredMatrix<T>& stored) {
@@ -252,7 +263,7 @@ struct Images {
   template <class Body>
   void with_item(int64_t image, int64_t item, int64_t channel, const Body& body) const {
     const Rows<NDim> rows(extents, array.axis);
-    const int64_t items = (rows.length + kCopyPixels - 1) / kCopyPixels;
+    const int64_t items = ceiling(rows.length, kCopyPixels);
     const int64_t row = item / items, start = item % items * kCopyPixels;
     const int64_t count = rows.length - start < kCopyPixels ? rows.length - start : kCopyPixels;
     char* data = array.data + image * array.batch + channel * array.channel + rows.offset(row, array.axis) +

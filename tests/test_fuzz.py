@@ -223,6 +223,31 @@ def test_values_not_finite(problem, seed):
     check_problem(np.random.default_rng(seed), problem)
 
 
+@pytest.mark.parametrize("extent", [(2500,), (59, 43), (13, 14, 15)], ids=str)
+def test_images_of_many_pixels(extent):
+    """Their pixels are copied where tiles first sample them: all over the image, where offsets are long."""
+    for number, dtype in enumerate(DTYPES):
+        sizes = {"extent": extent, "kernel": (2,) * len(extent), "padding": ((1, 0),) * len(extent)}
+        strides = {"stride": (1 + number,) * len(extent), "dilation": (1,) * len(extent)}
+        problem = random_problem(
+            [len(extent), number],
+            rank=len(extent),
+            dtype=dtype,
+            batch=2,
+            in_channels=4,
+            out_channels=3,
+            groups=1,
+            offset_groups=2,
+            with_offset=True,
+            **sizes,
+            **strides,
+        )
+        long = np.random.default_rng(number).uniform(-max(extent), max(extent), problem.offset.shape)
+        chosen = np.random.default_rng(number + 7).random(problem.offset.shape) < 0.1
+        problem.offset[chosen] = long[chosen].astype(dtype)
+        check_problem(np.random.default_rng(number), problem)
+
+
 @pytest.mark.parametrize("multiplier", [1, 2, 3])
 @pytest.mark.parametrize("channels", [1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64])
 def test_depthwise_with_channel_multiplier(channels, multiplier):

@@ -61,7 +61,8 @@ def make(seed, dtype, **sizes) -> Problem:
 
 
 # Large enough that each is cut into many tiles: dense, depthwise, with a channel multiplier, few channels per
-# group, channels past a vector, one long axis, three axes, images of one pixel.
+# group, channels past a vector, one long axis, three axes, images whose pixels are copied by the tiles that first
+# sample them, images of one pixel.
 SPLIT = {
     "dense": {"extent": (41, 37), "in_channels": 24, "out_channels": 20},
     "depthwise": {"extent": (45, 41), "in_channels": 19, "out_channels": 19, "groups": 19},
@@ -76,6 +77,8 @@ SPLIT = {
     "wide": {"extent": (19, 23), "in_channels": 67, "out_channels": 35, "batch": 3},
     "long": {"extent": (9001,), "in_channels": 5, "out_channels": 7, "batch": 1, "stride": (2,)},
     "volume": {"extent": (9, 11, 10), "in_channels": 6, "out_channels": 9, "batch": 1, "offset_groups": 2},
+    "large": {"extent": (73, 61), "in_channels": 6, "out_channels": 4, "offset_groups": 2},
+    "deep": {"extent": (19, 21, 12), "in_channels": 5, "out_channels": 3},
     "one_pixel": {"extent": (1, 1), "in_channels": 33, "out_channels": 65, "batch": 9},
     "rigid": {
         "extent": (35, 43),
