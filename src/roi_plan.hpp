@@ -53,7 +53,7 @@ struct Slices {
 struct RoIPlan {
   const RoIGeometry& geometry;
   const double* rois;     // (rois, 5)
-  const int64_t* order;   // the regions by image, and from top to bottom
+  const int64_t* order;   // the regions by image, and along its longer side
   const int64_t* begins;  // (batch + 1): where each image's begin in `order`
   Planes offset, mask;
   Storage positions;

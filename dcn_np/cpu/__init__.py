@@ -282,11 +282,14 @@ def roi_pool_backward(
 def _by_image(geometry: RoIGeometry, rois: Any) -> tuple[Any, Any, Any]:
     """Return the regions, their indices by image, and where in that order those of each image begin.
 
-    Those of an image go from its top to its bottom: neighbours find each other's pixels in the cache.
+    Those of an image follow its longer side: neighbours find each other's pixels in the cache, and the fewer of
+    them have to be kept the shorter the line is that moves across the image.
     """
     regions = _contiguous(numpy.asarray(rois, numpy.float64))
     images = regions[:, 0].astype(numpy.int64)
-    order = numpy.lexsort((regions[:, 2] + regions[:, 4], images))
+    height, width = geometry.input
+    low, high = (1, 3) if width > height else (2, 4)
+    order = numpy.lexsort((regions[:, low] + regions[:, high], images))
     return regions, order, numpy.searchsorted(images[order], numpy.arange(geometry.batch + 1))
 
 
