@@ -61,8 +61,8 @@ def make(seed, dtype, **sizes) -> Problem:
 
 
 # Large enough that each is cut into many tiles: dense, depthwise, with a channel multiplier, few channels per
-# group, channels past a vector, one long axis, three axes, images whose pixels are copied by the tiles that first
-# sample them, images of one pixel.
+# group, channels past a vector, one long axis, three axes, images that the tiles copy (two axes and three),
+# images of one pixel.
 SPLIT = {
     "dense": {"extent": (41, 37), "in_channels": 24, "out_channels": 20},
     "depthwise": {"extent": (45, 41), "in_channels": 19, "out_channels": 19, "groups": 19},

@@ -282,8 +282,8 @@ def roi_pool_backward(
 def _by_image(geometry: RoIGeometry, rois: Any) -> tuple[Any, Any, Any]:
     """Return the regions, their indices by image, and where in that order those of each image begin.
 
-    Those of an image follow its longer side: neighbours find each other's pixels in the cache, and the fewer of
-    them have to be kept the shorter the line is that moves across the image.
+    Those of an image follow its longer side: neighbours find each other's pixels in the cache, and fewer have
+    to be kept there than along the shorter one.
     """
     regions = _contiguous(numpy.asarray(rois, numpy.float64))
     images = regions[:, 0].astype(numpy.int64)
