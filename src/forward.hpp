@@ -35,8 +35,12 @@ struct ForwardPlan : Plan<T, NDim> {
     constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 2304 / sizeof(T), kColumnsBytes = 400 << 10;
     terms = taps * this->group_inputs;
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
-    // A small weight group is multiplied in one go: its sums are loaded and stored once.
-    const bool whole = geometry.groups > 1 && terms <= kChunkTerms;
+    // Small weight groups are multiplied in one go: their sums are loaded and stored once. That pays also where columns
+    // then outgrow the second-level cache, but they may not take memory without end.
+    constexpr int64_t kWholeBytes = 2 << 20;
+    const int64_t columns = taps * channels * 2 * kTileRows;  // of the fewest positions of a tile
+    const bool whole = geometry.groups > 1 && terms <= kChunkTerms &&
+                       columns * static_cast<int64_t>(sizeof(T)) <= kWholeBytes;
     chunk_taps = whole ? taps : ceiling(taps, ceiling(taps * channels, kChunkTerms));
     columns_stride = this->depthwise ? 0 : ceiling(chunk_taps * channels, kLine) * kLine + kLine;
     sums_stride = uncrowded<T>(this->depthwise ? channels : geometry.groups * panels.padded());
