@@ -205,20 +205,30 @@ class ForwardRun {
       plan_.x.copy_in(image, item, image_buffer(slot), group * channels, channels);
   }
 
-  // Sees to the copies of a slab of an image.
-  DCN_INLINE void provide(int64_t image, int64_t slot, Slab slab, Thread& mine) {
-    if (!plan_.copied_by_tiles || slab.begin >= slab.end) return;
+  // Sees to the copies of a slab of an image. False: interrupted.
+  DCN_INLINE bool provide(int64_t image, int64_t slot, Slab slab, int thread) {
+    Thread& mine = buffers_.thread[thread];
+    if (!plan_.copied_by_tiles || slab.begin >= slab.end) return true;
     if (mine.image != image) mine.image = image, mine.provided = {slab.begin, slab.begin};
-    if (slab.begin < mine.provided.begin || slab.end > mine.provided.end) copy_slab(image, slot, slab, mine);
+    if (slab.begin >= mine.provided.begin && slab.end <= mine.provided.end) return true;
+    return copy_slab(image, slot, slab, thread);
   }
-  __attribute__((noinline)) void copy_slab(int64_t image, int64_t slot, Slab slab, Thread& mine) {
+  __attribute__((noinline)) bool copy_slab(int64_t image, int64_t slot, Slab slab, int thread) {
     const int64_t pixels = plan_.x.pixels / geometry().input[0];
-    const int64_t last = plan_.x.copy_item(slab.end * pixels - 1);
-    for (int64_t item = plan_.x.copy_item(slab.begin * pixels); item <= last; ++item)
-      Team::once(buffers_.copied[slot * plan_.copies + item], [&] { copy(image, slot, item); });
-    const Slab& had = mine.provided;
-    const bool touching = slab.begin <= had.end && had.begin <= slab.end;
-    mine.provided = touching ? Slab{least(slab.begin, had.begin), -least(-slab.end, -had.end)} : slab;
+    const int64_t begin = plan_.x.copy_item(slab.begin * pixels);
+    const int64_t end = plan_.x.copy_item(slab.end * pixels - 1) + 1;
+    unsigned char* marks = buffers_.copied + slot * plan_.copies;
+    for (int64_t item = begin; item < end; ++item) {
+      if (!team_.keep_going(thread)) return false;
+      if (!Team::claim(marks[item])) continue;
+      copy(image, slot, item);
+      Team::finish(marks[item]);
+    }
+    for (int64_t item = begin; item < end; ++item) Team::wait_for(marks[item]);
+    Slab& provided = buffers_.thread[thread].provided;
+    const bool touching = slab.begin <= provided.end && provided.begin <= slab.end;
+    provided = touching ? Slab{least(slab.begin, provided.begin), -least(-slab.end, -provided.end)} : slab;
+    return true;
   }
 
   bool tiles(int64_t first, int64_t images) {
@@ -226,43 +236,43 @@ class ForwardRun {
       const int64_t slot = item / plan_.tiles;
       const Tile<NDim> tile = plan_.tile(item % plan_.tiles, plan_.tile_positions);
       Thread& mine = buffers_.thread[thread];
-      if (plan_.depthwise)
-        sum_per_channel(first, slot, tile, mine);
-      else if (!multiply(first, slot, tile, mine, thread))
-        return;
-      write(first + slot, tile, mine.sums);
+      const bool finished = plan_.depthwise ? sum_per_channel(first, slot, tile, mine, thread)
+                                            : multiply(first, slot, tile, mine, thread);
+      if (finished) write(first + slot, tile, mine.sums);
     });
   }
 
   // Locates taps [begin, end) of every offset group and hands each one's samples to body(tap, first channel,
-  // channels). The taps of a group find the same pixels in the cache, so they follow each other.
+  // channels). The taps of a group find the same pixels in the cache, so they follow each other. False: interrupted.
   template <class Body>
-  void for_each_sampled_tap(int64_t first, int64_t slot, const Tile<NDim>& tile, int64_t begin, int64_t end,
-                            Thread& mine, const Body& body) {
+  bool for_each_sampled_tap(int64_t first, int64_t slot, const Tile<NDim>& tile, int64_t begin, int64_t end,
+                            int thread, const Body& body) {
+    Samples<T, NDim>& samples = *buffers_.thread[thread].samples;
     const int64_t image = first + slot, channels = plan_.offset_group_channels;
     for (int64_t group = 0; group < geometry().offset_groups; ++group) {
       const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, arguments_.positions, plan_.taps,
                                         image, group, geometry().offset_groups);
       const Pixels<NDim> pixels = plan_.x.view(image, image_buffer(slot), group * channels, channels);
       for (int64_t tap = begin; tap < end; ++tap) {
-        provide(image, slot,
-                locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels, buffers_.zeros,
-                              *mine.samples),
-                mine);
+        const Slab slab = locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels,
+                                        buffers_.zeros, samples);
+        if (!provide(image, slot, slab, thread)) return false;
         body(tap, group * channels, channels);
       }
     }
+    return true;
   }
 
   bool multiply(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine, int thread) {
     if (plan_.terms == 0) __builtin_memset(mine.sums, 0, plan_.sums_stride * tile.count * sizeof(T));
     for (int64_t first = 0; first < plan_.taps; first += plan_.chunk_taps) {
       const int64_t end = least(first + plan_.chunk_taps, plan_.taps);
-      for_each_sampled_tap(
-          first_image, slot, tile, first, end, mine, [&](int64_t tap, int64_t channel, int64_t channels) {
+      const bool gathered = for_each_sampled_tap(
+          first_image, slot, tile, first, end, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
             T* columns = mine.columns + (tap - first) * geometry().in_channels + channel;
             gather_columns<T, NDim>(*mine.samples, tile.count, channels, columns, plan_.columns_stride);
           });
+      if (!gathered) return false;
       for (int64_t group = 0; group < geometry().groups; ++group)
         for (int64_t panel = 0; panel < plan_.panels.count(); ++panel) {
           if (!team_.keep_going(thread)) return false;
@@ -303,10 +313,10 @@ class ForwardRun {
   }
 
   // Taps past the first piece are summed on the side, and the piece is then added.
-  void sum_per_channel(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine) {
+  bool sum_per_channel(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine, int thread) {
     const int64_t stride = plan_.sums_stride;
-    for_each_sampled_tap(
-        first_image, slot, tile, 0, plan_.taps, mine, [&](int64_t tap, int64_t channel, int64_t channels) {
+    return for_each_sampled_tap(
+        first_image, slot, tile, 0, plan_.taps, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
           const bool fresh = tap % kOutputPiece == 0,
                      last = (tap + 1) % kOutputPiece == 0 || tap + 1 == plan_.taps;
           const T* weights = buffers_.weights + tap * geometry().in_channels + channel;

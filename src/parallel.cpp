@@ -128,14 +128,15 @@ enum Mark : unsigned char { kUntouched, kClaimed, kDone };
 
 bool Team::claim(unsigned char& mark) {
   unsigned char seen = kUntouched;
-  if (__atomic_load_n(&mark, __ATOMIC_ACQUIRE) == kDone) return false;
-  if (__atomic_compare_exchange_n(&mark, &seen, kClaimed, false, __ATOMIC_ACQUIRE, __ATOMIC_ACQUIRE))
-    return true;
-  for (int spins = 0; __atomic_load_n(&mark, __ATOMIC_ACQUIRE) != kDone; ++spins) pause_briefly(spins);
-  return false;
+  return __atomic_load_n(&mark, __ATOMIC_RELAXED) == kUntouched &&
+         __atomic_compare_exchange_n(&mark, &seen, kClaimed, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
 }
 
-void Team::set_done(unsigned char& mark) { __atomic_store_n(&mark, kDone, __ATOMIC_RELEASE); }
+void Team::finish(unsigned char& mark) { __atomic_store_n(&mark, kDone, __ATOMIC_RELEASE); }
+
+void Team::wait_for(const unsigned char& mark) {
+  for (int spins = 0; __atomic_load_n(&mark, __ATOMIC_ACQUIRE) != kDone; ++spins) pause_briefly(spins);
+}
 
 bool Team::keep_going(int thread) {
   return thread == 0 ? shared_->poll() : !shared_->stop.load(std::memory_order_relaxed);

@@ -42,14 +42,11 @@ class Team {
         &body);
   }
 
-  // Runs body() unless another item did under the same mark, and returns when it has been done. Marks begin as 0; body()
-  // may not wait for anything.
-  template <class Body>
-  static void once(unsigned char& mark, const Body& body) {
-    if (!claim(mark)) return;
-    body();
-    set_done(mark);
-  }
+  // For what several items need and one of them does. Its mark begins as 0. Who has claimed it does it and finishes,
+  // whatever happens, and waits for nothing before.
+  static bool claim(unsigned char& mark);
+  static void finish(unsigned char& mark);
+  static void wait_for(const unsigned char& mark);  // claimed by somebody
 
   // For the inside of long items: false when the call was interrupted and the item should return at once.
   bool keep_going(int thread);
@@ -58,8 +55,6 @@ class Team {
   using Item = void (*)(const void* context, int64_t item, int thread);
   bool run(int64_t items, Item body, const void* context);
   void work(Item body, const void* context, int thread);
-  static bool claim(unsigned char& mark);  // false: it was done, if need be by now
-  static void set_done(unsigned char& mark);
 
   static constexpr int kShares = 64;  // more threads have some in common
   struct Shared;
