@@ -238,7 +238,8 @@ struct Slab {
 // The slab that the cells of some axes meet, begin >= end for none.
 template <class L>
 struct SlabFinder {
-  typename L::Index low = L::index(INT32_MAX), high = L::index(-2);  // of the cells
+  static constexpr int64_t kMost = sizeof(typename L::Index) / L::count == 8 ? INT64_MAX : INT32_MAX;
+  typename L::Index low = L::index(kMost), high = L::index(-2);  // of the cells
 
   DCN_INLINE void add(const AxisSample<L>& axis) {
     const auto supported = axis.inside[0] | axis.inside[1];

@@ -219,10 +219,10 @@ class ForwardRun {
     const int64_t end = plan_.x.copy_item(slab.end * pixels - 1) + 1;
     unsigned char* marks = buffers_.copied + slot * plan_.copies;
     for (int64_t item = begin; item < end; ++item) {
-      if (!team_.keep_going(thread)) return false;
       if (!Team::claim(marks[item])) continue;
       copy(image, slot, item);
       Team::finish(marks[item]);
+      if (!team_.keep_going(thread)) return false;
     }
     for (int64_t item = begin; item < end; ++item) Team::wait_for(marks[item]);
     Slab& provided = buffers_.thread[thread].provided;
