@@ -23,7 +23,6 @@ struct ForwardPlan : Plan<T, NDim> {
   int64_t tile_positions, tiles;
   int64_t round_images;  // images whose channels-last copies exist at the same time
   int64_t copies;        // items that the copy of an image consists of
-  bool copied_by_tiles;
   int threads;
 
   ForwardPlan(const ForwardArguments& arguments, int threads)
@@ -37,10 +36,9 @@ struct ForwardPlan : Plan<T, NDim> {
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
     // Small weight groups are multiplied in one go: their sums are loaded and stored once. That pays also where columns
     // then outgrow the second-level cache, but they may not take memory without end.
-    constexpr int64_t kWholeBytes = 2 << 20;
+    constexpr int64_t kWholeColumns = (2 << 20) / sizeof(T);
     const int64_t columns = taps * channels * 2 * kTileRows;  // of the fewest positions of a tile
-    const bool whole = geometry.groups > 1 && terms <= kChunkTerms &&
-                       columns * static_cast<int64_t>(sizeof(T)) <= kWholeBytes;
+    const bool whole = geometry.groups > 1 && terms <= kChunkTerms && columns <= kWholeColumns;
     chunk_taps = whole ? taps : ceiling(taps, ceiling(taps * channels, kChunkTerms));
     columns_stride = this->depthwise ? 0 : ceiling(chunk_taps * channels, kLine) * kLine + kLine;
     sums_stride = uncrowded<T>(this->depthwise ? channels : geometry.groups * panels.padded());
@@ -57,9 +55,11 @@ struct ForwardPlan : Plan<T, NDim> {
     const size_t image_bytes = x.buffer_elements() * sizeof(T) + 1;
     const int64_t images = static_cast<int64_t>(kRoundBytes * threads / image_bytes);
     round_images = x.in_place ? geometry.batch : clamp(images, 1, geometry.batch);
-    constexpr int64_t kFewCopies = 8;
     copies = x.copy_items();
-    copied_by_tiles = copies > kFewCopies;
+  }
+  bool copied_by_tiles() const {
+    constexpr int64_t kFewCopies = 8;
+    return copies > kFewCopies;
   }
   // What the busiest thread has to do with tiles of this size, in positions: a tile never changes the bits of a result.
   // To go through the weights once more costs as much as a few positions.
@@ -191,8 +191,9 @@ class ForwardRun {
   bool prepare(int64_t first, int64_t images) {
     const Packing<T, NDim> packing = {plan_, static_cast<const T*>(arguments_.weight), buffers_.weights};
     const int64_t packs = first > 0 || plan_.prepared ? 0 : packing.items(), copies = plan_.copies;
-    if (plan_.copied_by_tiles) __builtin_memset(buffers_.copied, 0, copies * images);
-    return team_.run(packs + (plan_.copied_by_tiles ? 0 : copies * images), [&](int64_t item, int) {
+    const bool later = plan_.copied_by_tiles();
+    if (later) __builtin_memset(buffers_.copied, 0, copies * images);
+    return team_.run(packs + (later ? 0 : copies * images), [&](int64_t item, int) {
       if (item < packs) return packing.pack(item);
       item -= packs;
       copy(first + item / copies, item / copies, item % copies);
@@ -208,10 +209,12 @@ class ForwardRun {
   // Sees to the copies of a slab of an image. False: interrupted.
   DCN_INLINE bool provide(int64_t image, int64_t slot, Slab slab, int thread) {
     Thread& mine = buffers_.thread[thread];
-    if (!plan_.copied_by_tiles || slab.begin >= slab.end) return true;
+    if (!plan_.copied_by_tiles() || slab.empty()) return true;
     if (mine.image != image) mine.image = image, mine.provided = {slab.begin, slab.begin};
-    if (slab.begin >= mine.provided.begin && slab.end <= mine.provided.end) return true;
-    return copy_slab(image, slot, slab, thread);
+    if (mine.provided.contains(slab)) return true;
+    if (!copy_slab(image, slot, slab, thread)) return false;
+    mine.provided = mine.provided.joined(slab);
+    return true;
   }
   __attribute__((noinline)) bool copy_slab(int64_t image, int64_t slot, Slab slab, int thread) {
     const int64_t pixels = plan_.x.pixels / geometry().input[0];
@@ -225,30 +228,26 @@ class ForwardRun {
       if (!team_.keep_going(thread)) return false;
     }
     for (int64_t item = begin; item < end; ++item) Team::wait_for(marks[item]);
-    Slab& provided = buffers_.thread[thread].provided;
-    const bool touching = slab.begin <= provided.end && provided.begin <= slab.end;
-    provided = touching ? Slab{least(slab.begin, provided.begin), -least(-slab.end, -provided.end)} : slab;
     return true;
   }
 
   bool tiles(int64_t first, int64_t images) {
     return team_.run(plan_.tiles * images, [&](int64_t item, int thread) {
-      const int64_t slot = item / plan_.tiles;
+      const int64_t slot = item / plan_.tiles, image = first + slot;
       const Tile<NDim> tile = plan_.tile(item % plan_.tiles, plan_.tile_positions);
-      Thread& mine = buffers_.thread[thread];
-      const bool finished = plan_.depthwise ? sum_per_channel(first, slot, tile, mine, thread)
-                                            : multiply(first, slot, tile, mine, thread);
-      if (finished) write(first + slot, tile, mine.sums);
+      const bool finished =
+          plan_.depthwise ? sum_per_channel(image, slot, tile, thread) : multiply(image, slot, tile, thread);
+      if (finished) write(image, tile, buffers_.thread[thread].sums);
     });
   }
 
   // Locates taps [begin, end) of every offset group and hands each one's samples to body(tap, first channel,
   // channels). The taps of a group find the same pixels in the cache, so they follow each other. False: interrupted.
   template <class Body>
-  bool for_each_sampled_tap(int64_t first, int64_t slot, const Tile<NDim>& tile, int64_t begin, int64_t end,
+  bool for_each_sampled_tap(int64_t image, int64_t slot, const Tile<NDim>& tile, int64_t begin, int64_t end,
                             int thread, const Body& body) {
     Samples<T, NDim>& samples = *buffers_.thread[thread].samples;
-    const int64_t image = first + slot, channels = plan_.offset_group_channels;
+    const int64_t channels = plan_.offset_group_channels;
     for (int64_t group = 0; group < geometry().offset_groups; ++group) {
       const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, arguments_.positions, plan_.taps,
                                         image, group, geometry().offset_groups);
@@ -263,12 +262,13 @@ class ForwardRun {
     return true;
   }
 
-  bool multiply(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine, int thread) {
+  bool multiply(int64_t image, int64_t slot, const Tile<NDim>& tile, int thread) {
+    Thread& mine = buffers_.thread[thread];
     if (plan_.terms == 0) __builtin_memset(mine.sums, 0, plan_.sums_stride * tile.count * sizeof(T));
     for (int64_t first = 0; first < plan_.taps; first += plan_.chunk_taps) {
       const int64_t end = least(first + plan_.chunk_taps, plan_.taps);
       const bool gathered = for_each_sampled_tap(
-          first_image, slot, tile, first, end, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
+          image, slot, tile, first, end, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
             T* columns = mine.columns + (tap - first) * geometry().in_channels + channel;
             gather_columns<T, NDim>(*mine.samples, tile.count, channels, columns, plan_.columns_stride);
           });
@@ -276,7 +276,7 @@ class ForwardRun {
       for (int64_t group = 0; group < geometry().groups; ++group)
         for (int64_t panel = 0; panel < plan_.panels.count(); ++panel) {
           if (!team_.keep_going(thread)) return false;
-          if (end == plan_.taps) expect_output(first_image + slot, tile, group, panel);
+          if (end == plan_.taps) expect_output(image, tile, group, panel);
           multiply_chunk(tile.count, group, panel, first, end - first, mine);
         }
     }
@@ -313,10 +313,11 @@ class ForwardRun {
   }
 
   // Taps past the first piece are summed on the side, and the piece is then added.
-  bool sum_per_channel(int64_t first_image, int64_t slot, const Tile<NDim>& tile, Thread& mine, int thread) {
+  bool sum_per_channel(int64_t image, int64_t slot, const Tile<NDim>& tile, int thread) {
+    Thread& mine = buffers_.thread[thread];
     const int64_t stride = plan_.sums_stride;
     return for_each_sampled_tap(
-        first_image, slot, tile, 0, plan_.taps, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
+        image, slot, tile, 0, plan_.taps, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
           const bool fresh = tap % kOutputPiece == 0,
                      last = (tap + 1) % kOutputPiece == 0 || tap + 1 == plan_.taps;
           const T* weights = buffers_.weights + tap * geometry().in_channels + channel;

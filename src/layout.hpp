@@ -5,9 +5,9 @@
 #pragma once
 
 #include "arrays.hpp"
-#include "columns.hpp"
 #include "halves.hpp"
 #include "integers.hpp"
+#include "locate.hpp"
 #include "vector.hpp"
 
 namespace dcn::DCN_ISA {

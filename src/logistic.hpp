@@ -1,7 +1,7 @@
 // The logistic function, of which masks are made.
 #pragma once
 
-#include "columns.hpp"
+#include "locate.hpp"
 
 namespace dcn::DCN_ISA {
 

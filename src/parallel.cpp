@@ -33,6 +33,8 @@ std::atomic<bool> serial{false};
 std::atomic<int> process_limit{INT_MAX};
 std::atomic<int> active_teams{0};
 
+enum Mark : unsigned char { kUntouched, kClaimed, kDone };  // of what one item does for several
+
 void pause_briefly(int spins) {
   if (spins > 4096) {
     std::this_thread::sleep_for(std::chrono::microseconds(50));
@@ -120,10 +122,6 @@ Team::Team(int threads, Interrupt interrupt) {
 Team::~Team() {
   active_teams.fetch_sub(1);
   shared_->~Shared();
-}
-
-namespace {
-enum Mark : unsigned char { kUntouched, kClaimed, kDone };
 }
 
 bool Team::claim(unsigned char& mark) {

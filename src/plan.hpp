@@ -1,6 +1,7 @@
 // What the forward and the backward pass derive from the geometry.
 #pragma once
 
+#include "columns.hpp"
 #include "integers.hpp"
 #include "kernels.hpp"
 #include "layout.hpp"

@@ -226,26 +226,28 @@ def test_values_not_finite(problem, seed):
 @pytest.mark.parametrize("extent", [(2500,), (59, 43), (13, 14, 15)], ids=str)
 def test_images_of_many_pixels(extent):
     """Their pixels are copied where tiles first sample them: all over the image, where offsets are long."""
+    rank = len(extent)
     for number, dtype in enumerate(DTYPES):
-        sizes = {"extent": extent, "kernel": (2,) * len(extent), "padding": ((1, 0),) * len(extent)}
-        strides = {"stride": (1 + number,) * len(extent), "dilation": (1,) * len(extent)}
+        rng = np.random.default_rng([rank, number])
         problem = random_problem(
-            [len(extent), number],
-            rank=len(extent),
+            rng,
+            rank=rank,
             dtype=dtype,
             batch=2,
             in_channels=4,
             out_channels=3,
             groups=1,
             offset_groups=2,
+            extent=extent,
+            kernel=(2,) * rank,
+            padding=((1, 0),) * rank,
+            stride=(1 + number,) * rank,
+            dilation=(1,) * rank,
             with_offset=True,
-            **sizes,
-            **strides,
         )
-        long = np.random.default_rng(number).uniform(-max(extent), max(extent), problem.offset.shape)
-        chosen = np.random.default_rng(number + 7).random(problem.offset.shape) < 0.1
-        problem.offset[chosen] = long[chosen].astype(dtype)
-        check_problem(np.random.default_rng(number), problem)
+        chosen = rng.random(problem.offset.shape) < 0.1
+        problem.offset[chosen] = rng.uniform(-max(extent), max(extent), np.count_nonzero(chosen))
+        check_problem(rng, problem)
 
 
 @pytest.mark.parametrize("multiplier", [1, 2, 3])

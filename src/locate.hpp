@@ -1,0 +1,330 @@
+// Locate: where every tap of a tile of positions samples, vectorised along positions.
+//
+// What follows is vectorised along channels (columns.hpp). Between them stands Samples: for each position the address and
+// the weight of every corner. A corner that must not be read has the address of a row of zeros, so that the loops over
+// channels have no branches.
+#pragma once
+
+#include "arrays.hpp"
+#include "halves.hpp"
+#include "integers.hpp"
+#include "sampling.hpp"
+#include "vector.hpp"
+
+namespace dcn::DCN_ISA {
+
+constexpr int kTilePositions = 144;  // the most positions in one tile
+constexpr int kScatterPositions =
+    96;  // the same where grad_x is scattered: its tables take more of the nearest cache
+constexpr int kGatherPositions = 64;  // the same for the columns of grad_weight: divides a piece of the sum
+
+template <int NDim>
+constexpr int kCorners = 1 << NDim;
+
+constexpr int kMostLanes =
+    NarrowLanes::count > WideLanes<float>::count ? NarrowLanes::count : WideLanes<float>::count;
+static_assert(kTilePositions % kMostLanes == 0);
+
+// A run of positions of one image, in the flat order of the output.
+template <int NDim>
+struct Tile {
+  int64_t first, count;
+  int64_t origin[NDim][kTilePositions];  // position * stride - padding, in pixels
+
+  Tile(const Geometry& geometry, int64_t first, int64_t count) : first(first), count(count) {
+    int64_t at[NDim];
+    for (int64_t axis = NDim - 1, rest = first; axis >= 0; --axis) {
+      at[axis] = rest % geometry.output[axis];
+      rest /= geometry.output[axis];
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      for (int axis = 0; axis < NDim; ++axis)
+        origin[axis][p] = at[axis] * geometry.stride[axis] - geometry.padding[axis];
+      for (int axis = NDim - 1; axis >= 0 && ++at[axis] == geometry.output[axis] && axis > 0; --axis)
+        at[axis] = 0;
+    }
+    // A vector of positions may reach past the last: as if that were there once more.
+    for (int64_t p = count; p < kTilePositions && p % kMostLanes; ++p)
+      for (int axis = 0; axis < NDim; ++axis) origin[axis][p] = origin[axis][count - 1];
+  }
+};
+
+template <int NDim>
+struct Tap {
+  int64_t index;
+  int64_t reach[NDim];  // index * dilation along each axis
+
+  Tap(const Geometry& geometry, int64_t index) : index(index) {
+    for (int axis = NDim - 1; axis >= 0; --axis) {
+      reach[axis] = index % geometry.kernel[axis] * geometry.dilation[axis];
+      index /= geometry.kernel[axis];
+    }
+  }
+};
+
+// The offsets and masks of one image and one offset group.
+template <class T, int NDim>
+struct Displacement {
+  Planes offset, mask;
+  Storage storage;
+  int64_t taps_ahead;  // those of this group and of all after it
+
+  Displacement(Planes offset, Planes mask, Storage storage, int64_t taps, int64_t image, int64_t group,
+               int64_t groups)
+      : offset(offset), mask(mask), storage(storage), taps_ahead((groups - group) * taps) {
+    if (offset.data) this->offset.data += image * offset.batch + group * taps * NDim * offset.channel;
+    if (mask.data) this->mask.data += image * mask.batch + group * taps * mask.channel;
+  }
+
+  // Values of L::count positions, of which the first `count` exist; the others read as `missing` or 0.
+  template <class L>
+  typename L::Real offsets(int64_t tap, int axis, int64_t position, int64_t count) const {
+    return read<L>(offset, tap * NDim + axis, position, count, L::real(0));
+  }
+  template <class L>
+  typename L::Real masks(int64_t tap, int64_t position, int64_t count) const {
+    return read<L>(mask, tap, position, count, L::real(1));
+  }
+  // Asks for a tap's numbers, to be read or written soon; after the last tap of the group comes the next group's
+  // first, and past the last of all it does nothing. The planes of different taps lie far apart, too many streams
+  // for the processor to foresee.
+  template <bool kWrite = false>
+  DCN_INLINE void prefetch(int64_t tap, int64_t position, int64_t count) const {
+    if (tap >= taps_ahead) return;
+    for (int axis = 0; axis < NDim; ++axis) prefetch<kWrite>(offset, tap * NDim + axis, position, count);
+    prefetch<kWrite>(mask, tap, position, count);
+  }
+  template <class L>
+  void write_offsets(int64_t tap, int axis, int64_t position, int64_t count, typename L::Real values) const {
+    write<L>(offset, tap * NDim + axis, position, count, values);
+  }
+  template <class L>
+  void write_masks(int64_t tap, int64_t position, int64_t count, typename L::Real values) const {
+    write<L>(mask, tap, position, count, values);
+  }
+
+ private:
+  template <bool kWrite>
+  static DCN_INLINE void prefetch(const Planes& planes, int64_t channel, int64_t position, int64_t count) {
+    if (planes.data && planes.position <= static_cast<int64_t>(sizeof(T)))
+      prefetch_lines<kWrite>(planes.data + channel * planes.channel + position * planes.position,
+                             count * planes.position);
+  }
+  template <class L>
+  DCN_INLINE typename L::Real read(const Planes& planes, int64_t channel, int64_t position, int64_t count,
+                                   typename L::Real missing) const {
+    if (!planes.data) return missing;
+    const char* from = planes.data + channel * planes.channel + position * planes.position;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (storage != Storage::kSame) {
+        T values[L::count] = {};
+        widen_some(storage, from, planes.position, count < L::count ? count : L::count, values);
+        return load<typename L::Real>(values);
+      }
+    }
+    if (planes.position == sizeof(T) && count >= L::count)
+      return load<typename L::Real>(reinterpret_cast<const T*>(from));
+    T values[L::count] = {};
+    for (int64_t i = 0; i < count && i < L::count; ++i)
+      values[i] = *reinterpret_cast<const T*>(from + i * planes.position);
+    return load<typename L::Real>(values);
+  }
+  template <class L>
+  DCN_INLINE void write(const Planes& planes, int64_t channel, int64_t position, int64_t count,
+                        typename L::Real values) const {
+    if (!planes.data) return;
+    char* to = planes.data + channel * planes.channel + position * planes.position;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (storage != Storage::kSame) {
+        T all[L::count];
+        store(all, values);
+        return narrow_some(storage, all, count < L::count ? count : L::count, to, planes.position);
+      }
+    }
+    if (planes.position == sizeof(T) && count >= L::count) return store(reinterpret_cast<T*>(to), values);
+    for (int64_t i = 0; i < count && i < L::count; ++i)
+      *reinterpret_cast<T*>(to + i * planes.position) = values[i];
+  }
+};
+
+// Pixels of some channels of one image: where a pixel's first channel lies; its channels follow without a
+// gap.
+template <int NDim>
+struct Pixels {
+  char* data;
+  int64_t axis[NDim];
+};
+
+// What gather() reads and scatter() writes, corner by corner. Addresses are integers, for the sake of
+// vectors.
+template <class T, int NDim>
+struct Samples {
+  int64_t address[kCorners<NDim>][kTilePositions];
+  T weight[kCorners<NDim>][kTilePositions];
+};
+
+// The axes of L::count positions of a tile, from `p` on. Asks for the same of the next tap: a few lines at a time, for
+// a processor waits once it has asked for more than it can keep track of.
+template <class L, class T, int NDim>
+DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
+                       const Displacement<T, NDim>& moved, int64_t p, AxisSample<L> (&axes)[NDim]) {
+#pragma GCC unroll 8
+  for (int axis = 0; axis < NDim; ++axis) {
+    const auto origin = load<Vec<int64_t, L::count>>(&tile.origin[axis][p]);
+    const auto base = convert<typename L::Index>(origin) + L::index(tap.reach[axis]);
+    const auto offset = moved.template offsets<L>(tap.index, axis, tile.first + p, tile.count - p);
+    axes[axis] = locate_axis<L>(offset, base, geometry.input[axis]);
+  }
+  moved.prefetch(tap.index + 1, tile.first + p, least(L::count, tile.count - p));
+}
+
+// The pixels of the corners of cells: found once, not again for every corner. Holds copies, for a compiler must take it
+// that addresses which are stored may be what it was given.
+template <class L, int NDim>
+struct CornerPixels {
+  using Addresses = Vec<int64_t, L::count>;
+  typename L::Index cell = {};  // distance of the first corner in bytes
+  Pixels<NDim> pixels;
+  int64_t nothing;
+
+  DCN_INLINE CornerPixels(const AxisSample<L> (&axes)[NDim], const Pixels<NDim>& pixels, const void* nothing)
+      : pixels(pixels), nothing(reinterpret_cast<int64_t>(nothing)) {
+    for (int axis = 0; axis < NDim; ++axis) cell += axes[axis].cell * L::index(pixels.axis[axis]);
+  }
+  // Writes the address of a corner's pixel for each position; where it is not `readable` that of `nothing`.
+  DCN_INLINE void store_addresses(int corner, typename L::Mask readable, int64_t* to) const {
+    int64_t from_cell = 0;
+    for (int axis = 0; axis < NDim; ++axis)
+      if (corner_bit<NDim>(corner, axis)) from_cell += pixels.axis[axis];
+    // Arithmetic instead of a selection: compilers take selections of vectors wider than a register apart.
+    const int64_t to_corner = reinterpret_cast<int64_t>(pixels.data) + from_cell - nothing;
+    const Addresses chosen =
+        (convert<Addresses>(cell) + (to_corner - Addresses{})) & convert<Addresses>(readable);
+    store(to, chosen + (nothing - Addresses{}));
+  }
+};
+
+// Whether 32-bit indices hold every position on the rigid grid and, with `pixels`, reach every pixel.
+template <class T, int NDim>
+bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {}) {
+  constexpr double kMost = 536870912.0;  // 2^29
+  double span = 0;
+  for (int axis = 0; axis < NDim; ++axis) {
+    const double base =
+        static_cast<double>(geometry.output[axis]) * static_cast<double>(geometry.stride[axis]) +
+        static_cast<double>(geometry.kernel[axis]) * static_cast<double>(geometry.dilation[axis]) +
+        static_cast<double>(geometry.padding[axis]);
+    const double step = static_cast<double>(pixels.axis[axis]);
+    span += (static_cast<double>(geometry.input[axis]) + 2) * (step < 0 ? -step : step);
+    if (base >= kMost || static_cast<double>(geometry.input[axis]) >= kMost) return false;
+  }
+  return span < 2 * kMost;
+}
+
+// Calls body(lanes) with the lanes to locate with.
+template <class T, class Body>
+DCN_INLINE auto with_lanes(bool narrow, const Body& body) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (narrow) return body(NarrowLanes{});
+  }
+  return body(WideLanes<T>{});
+}
+
+// Pixels whose first coordinate is in [begin, end); none where that is empty.
+struct Slab {
+  int64_t begin, end;
+
+  bool empty() const { return begin >= end; }
+  bool contains(const Slab& other) const { return begin <= other.begin && other.end <= end; }
+  // Both, or where a gap lies between them the other one alone.
+  Slab joined(const Slab& other) const {
+    if (other.begin > end || begin > other.end) return other;
+    return {begin < other.begin ? begin : other.begin, end > other.end ? end : other.end};
+  }
+};
+
+// The slab that cells meet.
+template <class L>
+struct SlabFinder {
+  int64_t extent;
+  typename L::Index low, high;  // of the cells
+
+  DCN_INLINE explicit SlabFinder(int64_t extent)
+      : extent(extent), low(L::index(extent)), high(L::index(-2)) {}
+  DCN_INLINE void add(const AxisSample<L>& axis) {
+    const auto supported = axis.inside[0] | axis.inside[1];
+    low = L::select(supported & (axis.cell < low), axis.cell, low);
+    high = L::select(supported & (axis.cell > high), axis.cell, high);
+  }
+  Slab found() const {
+    Slab slab = {low[0], high[0]};
+    for (int i = 1; i < L::count; ++i) {
+      if (low[i] < slab.begin) slab.begin = low[i];
+      if (high[i] > slab.end) slab.end = high[i];
+    }
+    return {slab.begin > 0 ? slab.begin : 0, slab.end + 2 < extent ? slab.end + 2 : extent};
+  }
+};
+
+// Corners to be read with their weights, for every position of the tile: all that a sample's value needs. Returns what
+// of the image they lie in.
+template <class T, int NDim>
+Slab locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
+                   const Displacement<T, NDim>& moved, const Pixels<NDim>& pixels, const void* zeros,
+                   Samples<T, NDim>& samples) {
+  return with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry, pixels), [&](auto lanes) {
+    using L = decltype(lanes);
+    SlabFinder<L> slab(geometry.input[0]);
+    for (int64_t p = 0; p < tile.count; p += L::count) {
+      AxisSample<L> axes[NDim];
+      locate<L>(geometry, tile, tap, moved, p, axes);
+      slab.add(axes[0]);
+      const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
+      const CornerPixels<L, NDim> corners(axes, pixels, zeros);
+#pragma GCC unroll 8
+      for (int corner = 0; corner < kCorners<NDim>; ++corner) {
+        typename L::Mask used;
+        store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
+        corners.store_addresses(corner, used, &samples.address[corner][p]);
+      }
+    }
+    return slab.found();
+  });
+}
+
+// What the backward pass needs of a corner: the pixel to read for its dot product, which is the real pixel of
+// every corner inside the image also where its weight is 0 (the derivative sees it), and the pixel of grad_x
+// that receives weight x grad_columns, which a corner of weight 0 never does: its address is then that of a
+// row nobody reads.
+template <class T, int NDim>
+struct BackwardSamples {
+  int64_t read[kCorners<NDim>][kTilePositions];
+  int64_t scatter[kCorners<NDim>][kTilePositions];
+  T weight[kCorners<NDim>][kTilePositions];
+};
+
+template <class T, int NDim>
+void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
+                    const Displacement<T, NDim>& moved, const Pixels<NDim>& x, const void* zeros,
+                    const Pixels<NDim>& grad_x, const void* nowhere, BackwardSamples<T, NDim>& samples) {
+  const bool narrow = fits_narrow_lanes<T, NDim>(geometry, x) && fits_narrow_lanes<T, NDim>(geometry, grad_x);
+  with_lanes<T>(narrow, [&](auto lanes) {
+    using L = decltype(lanes);
+    for (int64_t p = 0; p < tile.count; p += L::count) {
+      AxisSample<L> axes[NDim];
+      locate<L>(geometry, tile, tap, moved, p, axes);
+      const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
+      const CornerPixels<L, NDim> of_x(axes, x, zeros), of_grad_x(axes, grad_x, nowhere);
+#pragma GCC unroll 8
+      for (int corner = 0; corner < kCorners<NDim>; ++corner) {
+        typename L::Mask used;
+        store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
+        const auto readable = corner_inside<L, NDim>(axes, corner);
+        of_x.store_addresses(corner, readable, &samples.read[corner][p]);
+        of_grad_x.store_addresses(corner, used, &samples.scatter[corner][p]);
+      }
+    }
+  });
+}
+
+}  // namespace dcn::DCN_ISA
