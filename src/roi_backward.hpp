@@ -53,7 +53,7 @@ struct RoIBackwardPlan : RoIPlan {
     together = enough ? kTogether : 1;
     class_parts = ceiling(class_blocks, together);
     parts = class_parts * geometry.classes;
-    const int64_t lines = most_lines(0) + most_lines(1);
+    const int64_t lines = most_lines(0) + most_lines(1) + kLinesTogether;
     located_bytes = static_cast<int64_t>(sizeof(LocatedBin<T>) + lines * sizeof(Line<T>));
     constexpr int64_t kStripBytes = 4 << 20, kLeast = 16;
     const int64_t dots_bytes = grads_at_positions ? class_blocks * kDotsPerBin * sizeof(T) : 0;
@@ -63,7 +63,7 @@ struct RoIBackwardPlan : RoIPlan {
   }
   size_t x_elements() const { return grads_at_positions ? x.image_elements() : 0; }
   size_t grad_x_elements() const { return grads_at_x ? grad_x.image_elements() : 0; }
-  int64_t strip_bytes() const { return strip * bins * geometry.classes * located_bytes; }
+  int64_t located_bins() const { return strip * bins * geometry.classes; }
   int64_t dots_elements() const { return grads_at_positions ? strip * bins * blocks * kDotsPerBin : 0; }
 
   BinPlace place(int64_t bin, const BinCells& cells) const {
@@ -94,6 +94,7 @@ struct RoIBackwardBuffers {
   T* grad_x;
   T* dots;
   char* located;
+  BinFactors<T>* factors;
   BinCells cells;
   BinPlace* places;
   PerThread* thread;
@@ -102,7 +103,8 @@ struct RoIBackwardBuffers {
       : x(space.take<T>(plan.rounds * plan.x_elements())),
         grad_x(space.take<T>(plan.rounds * plan.grad_x_elements())),
         dots(space.take<T>(plan.dots_elements())),
-        located(space.take<char>(plan.strip_bytes())),
+        located(space.take<char>(plan.located_bins() * plan.located_bytes)),
+        factors(space.take<BinFactors<T>>(plan.located_bins())),
         cells(plan.geometry, space),
         places(space.take<BinPlace>(plan.bins)),
         thread(space.take<PerThread>(plan.threads)) {
@@ -202,13 +204,16 @@ class RoIBackwardRun {
             patch.template locate<true>(bin, class_id);
           else
             patch.template locate<false>(bin, class_id);
-          patch.keep(located(item, bin, class_id));
+          const int64_t index = located_index(item, bin, class_id);
+          patch.keep(located(index), buffers_.factors[index]);
         }
       }
     });
   }
-  LocatedBin<T>& located(int64_t region, int64_t bin, int64_t class_id) const {
-    const int64_t index = place(region, bin) * plan_.geometry.classes + class_id;
+  int64_t located_index(int64_t region, int64_t bin, int64_t class_id) const {
+    return place(region, bin) * plan_.geometry.classes + class_id;
+  }
+  LocatedBin<T>& located(int64_t index) const {
     return *reinterpret_cast<LocatedBin<T>*>(buffers_.located + index * plan_.located_bytes);
   }
 
@@ -233,8 +238,8 @@ class RoIBackwardRun {
         const int64_t next = at + 1 < least(end, last) ? plan_.order[at + 1] : plan_.order[at];
         for (int64_t i = 0; i < bins; ++i) {
           prefetch_gradients(next, bin + i, part);
-          visit(located(at - first, bin + i, part.class_id), visited, gradients + i * part.count,
-                dots_of(at - first, bin + i, part.block));
+          visit(located(located_index(at - first, bin + i, part.class_id)), visited,
+                gradients + i * part.count, dots_of(at - first, bin + i, part.block));
         }
       });
   }
@@ -308,19 +313,24 @@ class RoIBackwardRun {
   // Masks are of bins, and there is one class then; offsets are of parts.
   void combine(int64_t region, int64_t roi, int64_t class_id) {
     const RoIGeometry& geometry = plan_.geometry;
-    for (int64_t part = 0; part < geometry.part[0] * geometry.part[1]; ++part) {
-      const Range rows = bins_of_part(part / geometry.part[1], geometry.part[0], geometry.output[0]);
-      const Range columns = bins_of_part(part % geometry.part[1], geometry.part[1], geometry.output[1]);
-      T y = 0, x = 0;
-      for (int64_t row = rows.first; row < rows.end; ++row)
-        for (int64_t column = columns.first; column < columns.end; ++column) {
-          const int64_t bin = row * geometry.output[1] + column;
-          const BinGradients grads = gradients(region, bin, class_id);
-          y += grads.y, x += grads.x;
-          put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, grads.mask);
-        }
-      put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id, part, x);
-      put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id + 1, part, y);
+    int64_t part = 0;
+    Range rows = {0, 0}, columns;
+    for (int64_t y_part = 0; y_part < geometry.part[0]; ++y_part) {
+      rows = {rows.end, bins_of_part(y_part, geometry.part[0], geometry.output[0]).end};
+      columns = {0, 0};
+      for (int64_t x_part = 0; x_part < geometry.part[1]; ++x_part, ++part) {
+        columns = {columns.end, bins_of_part(x_part, geometry.part[1], geometry.output[1]).end};
+        T y = 0, x = 0;
+        for (int64_t row = rows.first; row < rows.end; ++row)
+          for (int64_t column = columns.first; column < columns.end; ++column) {
+            const int64_t bin = row * geometry.output[1] + column;
+            const BinGradients grads = gradients(region, bin, class_id);
+            y += grads.y, x += grads.x;
+            put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, grads.mask);
+          }
+        put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id, part, x);
+        put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id + 1, part, y);
+      }
     }
   }
 
@@ -328,17 +338,12 @@ class RoIBackwardRun {
     T mask, y, x;
   };
   BinGradients gradients(int64_t region, int64_t bin, int64_t class_id) const {
-    const T nan = static_cast<T>(DCN_NAN);
-    const LocatedBin<T>& at = located(region, bin, class_id);
-    if (at.is_nan) return {nan, nan, nan};
-    if (!at.touches) return {0, 0, 0};
-    T totals[3] = {};
-    for (int64_t i = 0; i < plan_.class_blocks; ++i) {
-      const T* dots = dots_of(region, bin, class_id * plan_.class_blocks + i);
-      for (int k = 0; k < 3; ++k) totals[k] += dots[k];
-    }
-    return {at.inverse * totals[0], at.mask * (at.slope_scale[0] * totals[1]),
-            at.mask * (at.slope_scale[1] * totals[2])};
+    using V = Vec<T, kDotsPerBin>;
+    V totals = {};
+    const T* dots = dots_of(region, bin, class_id * plan_.class_blocks);
+    for (int64_t i = 0; i < plan_.class_blocks; ++i) totals += load<V>(dots + i * kDotsPerBin);
+    const BinFactors<T>& by = buffers_.factors[located_index(region, bin, class_id)];
+    return {by.inverse * totals[0], by.mask * (by.slope[0] * totals[1]), by.mask * (by.slope[1] * totals[2])};
   }
 
   const RoIBackwardPlan<T>& plan_;

@@ -24,26 +24,33 @@ struct Line {
   T slope;        // sum over the samples of the derivative of that weight by the coordinate
 };
 
+// Lines are copied so many at a time: what they are copied from and to has room for as many more.
+constexpr int64_t kLinesTogether = 4;
+template <class T>
+DCN_INLINE void copy_lines(const Line<T>* from, int64_t count, Line<T>* to) {
+  for (int64_t i = 0; i < count; i += kLinesTogether)
+    __builtin_memcpy(to + i, from + i, kLinesTogether * sizeof(Line<T>));
+}
+
 template <class T>
 struct Lines {
-  Line<T>* line;    // ascending; room for every line of x
-  double* sums[2];  // the same numbers while they are summed
+  using Sums = Vec<double, 2>;  // of weights, and of slopes
+
+  Line<T>* line;  // ascending; room for every line of x
+  Sums* sums;     // the same numbers while they are summed, where that takes more than two
   int64_t count;
   double samples;  // what the axis contributes to the number of samples of the average
   bool weighs;     // a line has a weight
 
-  // Ascending samples touch no line but the last two again.
-  DCN_INLINE int64_t line_of(int64_t index) {
-    for (int64_t i = count - 1; i >= 0 && i >= count - 2; --i)
-      if (line[i].index == index) return i;
-    line[count].index = index;
-    sums[0][count] = sums[1][count] = 0;
-    return count++;
-  }
-
   // Lines that only a derivative sees are left out unless kSlopes.
   template <bool kSlopes>
-  void find(const RoIAxis& axis, double base) {
+  DCN_INLINE void find(const RoIAxis& axis, double base) {
+    if (!find_inside<kSlopes>(axis, base)) find_any<kSlopes>(axis, base);
+  }
+
+ private:
+  template <bool kSlopes>
+  [[gnu::noinline]] void find_any(const RoIAxis& axis, double base) {
     count = 0;
     int64_t inside = 0;
     const RoISpan span = roi_span(axis, base);
@@ -53,26 +60,60 @@ struct Lines {
       if (!sample.inside) continue;
       ++inside;
       const bool moves = kSlopes && sample.moves;
-      const int64_t low = line_of(sample.low);
-      sums[0][low] += 1 - sample.fraction;
-      if (moves) sums[1][low] -= 1;
+      const double slope = moves ? 1 : 0;
+      sums[line_of(sample.low)] += Sums{1 - sample.fraction, -slope};
       if (sample.fraction == 0 && !moves) continue;
-      const int64_t high = line_of(sample.low + 1);
-      sums[0][high] += sample.fraction;
-      if (moves) sums[1][high] += 1;
+      sums[line_of(sample.low + 1)] += Sums{sample.fraction, slope};
     }
     samples = axis.counts_all ? axis.samples : static_cast<double>(inside);
-    finish();
-  }
-
- private:
-  void finish() {
     weighs = false;
     for (int64_t i = 0; i < count; ++i) {
-      line[i].weight = static_cast<T>(sums[0][i]);
-      line[i].slope = static_cast<T>(sums[1][i]);
+      line[i].weight = static_cast<T>(sums[i][0]);
+      line[i].slope = static_cast<T>(sums[i][1]);
       weighs |= line[i].weight != 0;
     }
+  }
+
+  // Ascending samples touch no line but the last two again.
+  DCN_INLINE int64_t line_of(int64_t index) {
+    for (int64_t i = count - 1; i >= 0 && i >= count - 2; --i)
+      if (line[i].index == index) return i;
+    line[count].index = index;
+    sums[count] = Sums{};
+    return count++;
+  }
+
+  // The same for a few samples that all lie between pixels, as most do: no branch depends on where, for it would be
+  // a guess.
+  template <bool kSlopes>
+  DCN_INLINE bool find_inside(const RoIAxis& axis, double base) {
+    const double last = axis.samples - 1;
+    const double from = axis.step < 0 ? last : 0, by = axis.step < 0 ? -1 : 1;
+    if (!(axis.samples <= kFewSamples && axis.coordinate(base, from) >= 0 &&
+          axis.coordinate(base, last - from) < static_cast<double>(axis.extent - 1)))
+      return false;
+    Sums low = {}, high = {};  // of the last two lines
+    int64_t at = 0, before = INT64_MAX;
+    bool at_pixel = false;
+    for (double i = 0, sample = from; i < axis.samples; ++i, sample += by) {
+      const double coordinate = axis.coordinate(base, sample);
+      const int64_t index = static_cast<int64_t>(coordinate);
+      const double fraction = coordinate - static_cast<double>(index);
+      at_pixel |= fraction == 0;
+      const int64_t ahead = index - before;
+      const auto same = broadcast<Vec<int64_t, 2>>(ahead) == 0, next = broadcast<Vec<int64_t, 2>>(ahead) == 1;
+      low = same ? low : next ? high : Sums{};
+      high = same ? high : Sums{};
+      low += Sums{1 - fraction, -1};
+      high += Sums{fraction, 1};
+      at += ahead > 0 ? least(ahead, 2) : 0;
+      before = index;
+      line[at] = {index, static_cast<T>(low[0]), static_cast<T>(low[1])};
+      line[at + 1] = {index + 1, static_cast<T>(high[0]), static_cast<T>(high[1])};
+    }
+    if (!kSlopes && at_pixel) return false;
+    count = at + 2, samples = axis.samples, weighs = true;
+    return true;
   }
 };
 
@@ -136,9 +177,7 @@ void average_patch(const Lines<T>& rows, const Lines<T>& columns, const Pixels<2
 template <class T>
 struct LocatedBin {
   int64_t rows, columns;  // how many lines; none unless it touches
-  bool is_nan, touches;
-  T inverse, mask;
-  T slope_scale[2];  // d coordinate / d offset, over the number of samples; y is axis 0
+  T factor;               // of the weights
 
   Line<T>* row() { return reinterpret_cast<Line<T>*>(this + 1); }
   const Line<T>* row() const { return reinterpret_cast<const Line<T>*>(this + 1); }
@@ -186,7 +225,6 @@ DCN_INLINE void add_up_dots(int64_t channels, const Step& step, T* dots) {
 template <class T, bool kScatter, bool kDots>
 [[gnu::noinline]] void visit_patch(const LocatedBin<T>& bin, const Pixels<2>& x, const Pixels<2>& grad_x,
                                    int64_t channels, const T* gradient, T* dots) {
-  const T factor = bin.inverse * bin.mask;
   const auto step = [&](auto lanes, auto vectors, int64_t c, auto& totals) __attribute__((always_inline)) {
     constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
     constexpr int blocks = sizeof(totals) / sizeof(totals[0]);
@@ -201,7 +239,7 @@ template <class T, bool kScatter, bool kDots>
         const int64_t channel = c * static_cast<int64_t>(sizeof(T));
         const char* x_line = x.data + row.index * x.axis[0] + channel;
         char* grad_line = grad_x.data + row.index * grad_x.axis[0] + channel;
-        const T row_factor = factor * row.weight;
+        const T row_factor = bin.factor * row.weight;
         V weighed[blocks] = {}, moved[blocks] = {};
         for (int64_t i = first; i < last; ++i) {
           const Line<T>& column = bin.column()[i];

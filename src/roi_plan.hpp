@@ -145,15 +145,25 @@ struct BinCells {
 template <class T>
 struct PatchBuffers {
   Line<T>* lines[2];
-  double* sums[2];
+  typename Lines<T>::Sums* sums[2];
 
   PatchBuffers() = default;
   PatchBuffers(const RoIGeometry& geometry, Workspace& space) {
     for (int axis = 0; axis < 2; ++axis) {
-      lines[axis] = space.take<Line<T>>(geometry.input[axis]);
-      sums[axis] = space.take<double>(2 * geometry.input[axis]);
+      lines[axis] = space.take<Line<T>>(geometry.input[axis] + kLinesTogether);
+      sums[axis] = space.take<typename Lines<T>::Sums>(geometry.input[axis]);
     }
   }
+};
+
+// What turns the dots of a bin into its gradients: all NaN where an offset is, all 0 unless it touches.
+template <class T>
+struct BinFactors {
+  T inverse;  // of the number of samples
+  T mask;
+  T slope[2];  // d coordinate / d offset, over the number of samples; y is axis 0
+
+  static BinFactors all(T value) { return {value, value, {value, value}}; }
 };
 
 // The bins of one region, one at a time.
@@ -199,23 +209,24 @@ class Patch {
     touches = columns.weighs;
     if (touches) samples_ = rows.samples * columns.samples, inverse = static_cast<T>(1 / samples_);
   }
-  // What locate() found.
-  void keep(LocatedBin<T>& bin) const {
-    bin.is_nan = is_nan, bin.touches = touches, bin.mask = mask, bin.rows = bin.columns = 0;
+  // What locate() found, for the pixels and for the sums of their dots.
+  void keep(LocatedBin<T>& bin, BinFactors<T>& factors) const {
+    bin.rows = bin.columns = 0;
+    factors = BinFactors<T>::all(is_nan ? static_cast<T>(DCN_NAN) : 0);
     if (!touches) return;
-    bin.inverse = inverse;
-    for (int axis = 0; axis < 2; ++axis)
-      bin.slope_scale[axis] =
-          static_cast<T>(plan_.geometry.offset_scale * (axis == 0 ? y_ : x_).size / samples_);
+    const auto slope = [&](const RoIAxis& axis) {
+      return static_cast<T>(plan_.geometry.offset_scale * axis.size / samples_);
+    };
+    factors = {inverse, mask, slope(y_), slope(x_)};
+    bin.factor = inverse * mask;
     bin.rows = rows.count, bin.columns = columns.count;
-    for (int64_t i = 0; i < rows.count; ++i) bin.row()[i] = rows.line[i];
-    for (int64_t i = 0; i < columns.count; ++i) bin.column()[i] = columns.line[i];
+    copy_lines(rows.line, rows.count, bin.row());
+    copy_lines(columns.line, columns.count, bin.column());
   }
 
  private:
   static Lines<T> lines(const RoIPlan& plan, const PatchBuffers<T>& buffers, int axis) {
-    double* sums = buffers.sums[axis];
-    return {buffers.lines[axis], {sums, sums + plan.geometry.input[axis]}, 0, 0, false};
+    return {buffers.lines[axis], buffers.sums[axis], 0, 0, false};
   }
   double offset(int64_t part, int64_t class_id, int64_t channel) const {
     if (!plan_.offset.data) return 0;

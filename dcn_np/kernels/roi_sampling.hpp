@@ -100,6 +100,8 @@ DCN_INLINE RoISample roi_sample(const RoIAxis& axis, double coordinate) {
   return sample;
 }
 
+constexpr double kFewSamples = 16;  // of a bin: not worth finding out which
+
 // Consecutive samples of a bin.
 struct RoISpan {
   double first;
@@ -108,9 +110,8 @@ struct RoISpan {
 
 // Those that can lie between two coordinates, as far as they are inside, and perhaps a few more.
 DCN_INLINE RoISpan roi_span(const RoIAxis& axis, double base, double from, double to) {
-  constexpr double kFew = 16;  // not worth a division
   const double samples = axis.samples;
-  if (samples <= kFew || axis.step == 0) return {0, static_cast<int64_t>(samples)};
+  if (samples <= kFewSamples || axis.step == 0) return {0, static_cast<int64_t>(samples)};
   const double a = (from - base) / axis.step, b = (to - base) / axis.step;
   // One more on each side, for the rounding; each sample is looked at again.
   const double low = floor_of((a < b ? a : b) - axis.centre) - 1,
