@@ -165,9 +165,7 @@ def region_rows(cases: Sequence[Case], own: str = "dcn_np") -> list[Row]:
 
             found.append(_faster(f"{passes}, {suffix}: faster than {other}", 3.0, (shape,), ratio))
         for shape, passes in itertools.product(("R2", "R3"), ("forward", "both")):
-            times = [measured.seconds(name, passes, own, count) for name in (shape, "R1")]
-            medians = [statistics.median(seconds) if seconds else math.nan for seconds in times]
-            reached = medians[0] / medians[1]
+            reached = in_round_ratio(*(measured.seconds(name, passes, own, count) for name in (shape, "R1")))
             found.append(Row(f"{passes}, {suffix}: to roi_align", False, 1.3, reached, (shape,)))
     return found + list(_second_thread(measured, threads, ("R1", "R2", "R3", "R4")))
 

@@ -2,8 +2,9 @@
 
     python benchmarks/regions.py --peers onnxruntime,openvino --threads 1,2 --json now.json
 
-All implementations of a problem take turns in rounds, as in run.py, which has the same clock. Regions lie
-inside the map, with sides of 32 to 512 pixels of an image sixteen times as large."""
+All implementations of all problems take turns in rounds, for problems are compared with each other too;
+the clock is that of run.py. Regions lie inside the map, with sides of 32 to 512 pixels of an image sixteen
+times as large."""
 
 from __future__ import annotations
 
@@ -161,18 +162,17 @@ class Expected:
         return {"x": ((slice(None), maps), gradients.x)}
 
 
-def time_problem(
-    problem: RegionProblem,
+def time_problems(
+    problems: Sequence[Expected],
     passes: str,
     implementations: Sequence[peers.RegionPeer],
     threads: Sequence[int],
     rounds: int,
-    expected: Expected,
 ) -> list[Case]:
     """Validate every implementation, then time those that are right, all in the same rounds."""
     cases, ready = [], []
-    for implementation, count in itertools.product(implementations, threads):
-        case = Case(cast(Any, implementation), cast(Problem, problem), passes, "float32", count)
+    for expected, implementation, count in itertools.product(problems, implementations, threads):
+        case = Case(cast(Any, implementation), cast(Problem, expected.problem), passes, "float32", count)
         work = bench_timing.validated(case, cast(Any, expected.data), cast(Any, expected))
         if work is not None:
             ready.append((case, work))
@@ -220,14 +220,13 @@ def main(words: Sequence[str] | None = None) -> int:
     about = bench.environment() | {"commit": machine.commit(), "missing": missing}
     print(f"dcn_np at {about['commit']}, {about['isa']}, {about['machine']}\n")
     implementations, threads = [peers.DcnNp(), *found], bench.thread_counts(arguments)
+    problems = [Expected(PROBLEMS[name], RegionData.of(PROBLEMS[name])) for name in arguments.problems]
     cases: list[Case] = []
-    for name in arguments.problems:
-        problem = PROBLEMS[name]
-        expected = Expected(problem, RegionData.of(problem))
-        for passes in arguments.passes:
-            timed = time_problem(problem, passes, implementations, threads, arguments.rounds, expected)
-            cases += timed
-            print(table(timed), end="\n\n", flush=True)
+    for passes in arguments.passes:
+        timed = time_problems(problems, passes, implementations, threads, arguments.rounds)
+        for _, of_one in itertools.groupby(timed, key=lambda case: case.problem.name):
+            print(table(list(of_one)), end="\n\n", flush=True)
+        cases += timed
     rows = [row for row in goals.region_rows(cases) if row.met is not None]
     print("goal / reached", *rows, sep="\n")
     if arguments.json:

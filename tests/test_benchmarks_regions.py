@@ -73,7 +73,7 @@ def test_installed_peers_agree(name, problem):
         pytest.skip(missing[name])
     expected = regions.Expected(problem, regions.RegionData.of(problem))
     for passes in ("forward", "both"):
-        for case in regions.time_problem(problem, passes, found, [1], 1, expected):
+        for case in regions.time_problems([expected], passes, found, [1], 1):
             assert case.refused is None
 
 
@@ -84,7 +84,8 @@ def test_the_script_times_and_writes(tmp_path, capsys, monkeypatch):
     assert regions.main(words) == 0
     assert "deform_psroi_pool" in capsys.readouterr().out
     records = json.loads(file.read_text())["results"]
-    assert [record["shape"] for record in records] == ["R1", "R1", "R2", "R2", "R3", "R3", "R4", "R4"]
+    assert [record["shape"] for record in records] == 2 * ["R1", "R2", "R3", "R4"]
+    assert [record["passes"] for record in records] == 4 * ["forward"] + 4 * ["both"]
 
 
 def case(shape, passes, name, seconds, threads=1):
