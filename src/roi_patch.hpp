@@ -221,10 +221,11 @@ DCN_INLINE void add_up_dots(int64_t channels, const Step& step, T* dots) {
 // rows, and with slopes for columns. No line is left out: 0 * Inf gives NaN, and so does Inf - Inf where the
 // gradient is infinite. Then dot_patch has what is meant.
 //
-// Bits must not depend on which gradients are asked for: hence multiply_add.
-template <class T, bool kScatter, bool kDots>
-[[gnu::noinline]] void visit_patch(const LocatedBin<T>& bin, const Pixels<2>& x, const Pixels<2>& grad_x,
-                                   int64_t channels, const T* gradient, T* dots) {
+// Bits must not depend on which gradients are asked for: hence multiply_add. There are kColumns columns, or any
+// number where that is 0.
+template <class T, bool kScatter, bool kDots, int kColumns>
+[[gnu::noinline]] void visit_columns(const LocatedBin<T>& bin, const Pixels<2>& x, const Pixels<2>& grad_x,
+                                     int64_t channels, const T* gradient, T* dots) {
   const auto step = [&](auto lanes, auto vectors, int64_t c, auto& totals) __attribute__((always_inline)) {
     constexpr int n = decltype(vectors)::count, width = decltype(lanes)::count;
     constexpr int blocks = sizeof(totals) / sizeof(totals[0]);
@@ -232,7 +233,8 @@ template <class T, bool kScatter, bool kDots>
     V gradients[blocks * n];
 #pragma GCC unroll 8
     for (int k = 0; k < blocks * n; ++k) gradients[k] = load<V>(gradient + c + k * width);
-    for_each_piece(bin.rows, bin.columns, [&](int64_t r, int64_t last_row, int64_t first, int64_t last) {
+    const int64_t columns = kColumns ? kColumns : bin.columns;
+    for_each_piece(bin.rows, columns, [&](int64_t r, int64_t last_row, int64_t first, int64_t last) {
       V pieces[blocks][3] = {};
       for (; r < last_row; ++r) {
         const Line<T>& row = bin.row()[r];
@@ -241,7 +243,7 @@ template <class T, bool kScatter, bool kDots>
         char* grad_line = grad_x.data + row.index * grad_x.axis[0] + channel;
         const T row_factor = bin.factor * row.weight;
         V weighed[blocks] = {}, moved[blocks] = {};
-        for (int64_t i = first; i < last; ++i) {
+        const auto visit_pixel = [&](int64_t i) __attribute__((always_inline)) {
           const Line<T>& column = bin.column()[i];
           if (kScatter && row.weight != 0 && column.weight != 0) {
             T* pixel = reinterpret_cast<T*>(grad_line + column.index * grad_x.axis[1]);
@@ -262,6 +264,12 @@ template <class T, bool kScatter, bool kDots>
               moved[b] = multiply_add(product, broadcast<V>(column.slope), moved[b]);
             }
           }
+        };
+        if constexpr (kColumns) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kColumns; ++i) visit_pixel(i);
+        } else {
+          for (int64_t i = first; i < last; ++i) visit_pixel(i);
         }
         if constexpr (kDots) {
 #pragma GCC unroll 2
@@ -283,6 +291,18 @@ template <class T, bool kScatter, bool kDots>
     Vec<T, decltype(lanes)::count> none[1][kDotsPerBin] = {};
     step(lanes, vectors, c, none);
   });
+}
+
+// With both at each pixel, a loop over a few columns ends in a guess that costs more than its code.
+template <class T, bool kScatter, bool kDots>
+DCN_INLINE void visit_patch(const LocatedBin<T>& bin, const Pixels<2>& x, const Pixels<2>& grad_x,
+                            int64_t channels, const T* gradient, T* dots) {
+  if constexpr (kScatter && kDots) {
+    if (bin.columns == 2) return visit_columns<T, true, true, 2>(bin, x, grad_x, channels, gradient, dots);
+    if (bin.columns == 3) return visit_columns<T, true, true, 3>(bin, x, grad_x, channels, gradient, dots);
+    if (bin.columns == 4) return visit_columns<T, true, true, 4>(bin, x, grad_x, channels, gradient, dots);
+  }
+  visit_columns<T, kScatter, kDots, 0>(bin, x, grad_x, channels, gradient, dots);
 }
 
 // The same dots = <gradient, sum over the patch of w * x>, and a line whose factor is 0 is left out.
