@@ -29,6 +29,7 @@ struct RoIBackwardPlan : RoIPlan {
   int64_t together;              // blocks of a part, which a thread takes at a time
   int64_t class_parts, parts;    // of a slice
   int64_t located_bytes;         // of a bin and its lines
+  int64_t offset_parts;          // of a region, each with an offset; none where no such gradient is asked for
   int64_t strip;                 // regions
   int64_t rounds;                // images at a time
   int threads;
@@ -53,6 +54,7 @@ struct RoIBackwardPlan : RoIPlan {
     together = enough ? kTogether : 1;
     class_parts = ceiling(class_blocks, together);
     parts = class_parts * geometry.classes;
+    offset_parts = grads_at_positions ? geometry.part[0] * geometry.part[1] : 0;
     const int64_t lines = most_lines(0) + most_lines(1) + kLinesTogether;
     located_bytes = static_cast<int64_t>(sizeof(LocatedBin<T>) + lines * sizeof(Line<T>));
     constexpr int64_t kStripBytes = 4 << 20, kLeast = 16;
@@ -89,6 +91,7 @@ struct RoIBackwardBuffers {
   struct PerThread {
     PatchBuffers<T> patch;
     T* gradients;  // of a tile of bins, channels-last, block by block
+    T* moved;      // of a region's parts, by y and x
   };
   T* x;
   T* grad_x;
@@ -111,7 +114,8 @@ struct RoIBackwardBuffers {
     for (int64_t bin = 0; places && bin < plan.bins; ++bin) places[bin] = plan.place(bin, cells);
     for (int i = 0; i < plan.threads; ++i) {
       const PerThread mine = {PatchBuffers<T>(plan.geometry, space),
-                              space.take<T>(plan.kTileBins * kBlock<T> * plan.together)};
+                              space.take<T>(plan.kTileBins * kBlock<T> * plan.together),
+                              space.take<T>(2 * plan.offset_parts)};
       if (thread) thread[i] = mine;
     }
   }
@@ -304,33 +308,26 @@ class RoIBackwardRun {
 
   bool combine(int64_t first, int64_t last) {
     if (!plan_.grads_at_positions) return true;
-    return team_.run(last - first, [&](int64_t item, int) {
+    return team_.run(last - first, [&](int64_t item, int thread) {
       for (int64_t class_id = 0; class_id < plan_.geometry.classes; ++class_id)
-        combine(item, plan_.order[first + item], class_id);
+        combine(item, plan_.order[first + item], class_id, buffers_.thread[thread].moved);
     });
   }
 
   // Masks are of bins, and there is one class then; offsets are of parts.
-  void combine(int64_t region, int64_t roi, int64_t class_id) {
-    const RoIGeometry& geometry = plan_.geometry;
-    int64_t part = 0;
-    Range rows = {0, 0}, columns;
-    for (int64_t y_part = 0; y_part < geometry.part[0]; ++y_part) {
-      rows = {rows.end, bins_of_part(y_part, geometry.part[0], geometry.output[0]).end};
-      columns = {0, 0};
-      for (int64_t x_part = 0; x_part < geometry.part[1]; ++x_part, ++part) {
-        columns = {columns.end, bins_of_part(x_part, geometry.part[1], geometry.output[1]).end};
-        T y = 0, x = 0;
-        for (int64_t row = rows.first; row < rows.end; ++row)
-          for (int64_t column = columns.first; column < columns.end; ++column) {
-            const int64_t bin = row * geometry.output[1] + column;
-            const BinGradients grads = gradients(region, bin, class_id);
-            y += grads.y, x += grads.x;
-            put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, grads.mask);
-          }
-        put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id, part, x);
-        put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id + 1, part, y);
+  void combine(int64_t region, int64_t roi, int64_t class_id, T* moved) {
+    for (int64_t i = 0; i < 2 * plan_.offset_parts; ++i) moved[i] = 0;
+    const int64_t* output = plan_.geometry.output;
+    for (int64_t row = 0, bin = 0; row < output[0]; ++row)
+      for (int64_t column = 0; column < output[1]; ++column, ++bin) {
+        const BinGradients grads = gradients(region, bin, class_id);
+        T* of_part = moved + 2 * buffers_.cells.at(row, column).part;
+        of_part[0] += grads.y, of_part[1] += grads.x;
+        put_number<T>(plan_.grad_mask, plan_.positions, roi, 0, bin, grads.mask);
       }
+    for (int64_t part = 0; part < plan_.offset_parts; ++part) {
+      put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id, part, moved[2 * part + 1]);
+      put_number<T>(plan_.grad_offset, plan_.positions, roi, 2 * class_id + 1, part, moved[2 * part]);
     }
   }
 
