@@ -29,7 +29,7 @@ struct RoIBackwardPlan : RoIPlan {
   int64_t together;              // blocks of a part, which a thread takes at a time
   int64_t class_parts, parts;    // of a slice
   int64_t located_bytes;         // of a bin and its lines
-  int64_t offset_parts;          // of a region, each with an offset; none where no such gradient is asked for
+  int64_t offset_parts;          // of a region, each with an offset; none where no such gradient is made
   int64_t strip;                 // regions
   int64_t rounds;                // images at a time
   int threads;
@@ -54,7 +54,7 @@ struct RoIBackwardPlan : RoIPlan {
     together = enough ? kTogether : 1;
     class_parts = ceiling(class_blocks, together);
     parts = class_parts * geometry.classes;
-    offset_parts = grads_at_positions ? geometry.part[0] * geometry.part[1] : 0;
+    offset_parts = grads_at_positions && geometry.rois > 0 ? geometry.part[0] * geometry.part[1] : 0;
     const int64_t lines = most_lines(0) + most_lines(1) + kLinesTogether;
     located_bytes = static_cast<int64_t>(sizeof(LocatedBin<T>) + lines * sizeof(Line<T>));
     constexpr int64_t kStripBytes = 4 << 20, kLeast = 16;

@@ -245,6 +245,15 @@ def test_empty_arrays(module, operator):
     assert batchless.backward(module).x.shape == batchless.x.shape
 
 
+def test_parts_of_no_regions_take_no_memory(module):
+    parts = 1 << 20
+    x, rois, offset = np.ones((1, 8, 5, 5)), np.zeros((0, 5)), np.zeros((0, 2, parts, parts))
+    grad_output = np.zeros((0, 2, 3, 3))
+    gradients = module.deform_psroi_pool_backward(grad_output, x, rois, offset, 2, 2, 3, 1.0, parts)
+    assert gradients.offset.shape == offset.shape
+    assert not gradients.x.any()
+
+
 def test_no_channels(module):
     x, rois = np.zeros((1, 0, 4, 4)), np.array([[0.0, 0, 0, 4, 4]])
     offset = np.zeros((1, 2, 2, 2))
