@@ -295,8 +295,8 @@ template <class T, bool kScatter, bool kDots, int kColumns>
 
 // With both at each pixel, a loop over a few columns ends in a guess that costs more than its code.
 template <class T, bool kScatter, bool kDots>
-DCN_INLINE void visit_patch(const LocatedBin<T>& bin, const Pixels<2>& x, const Pixels<2>& grad_x,
-                            int64_t channels, const T* gradient, T* dots) {
+void visit_patch(const LocatedBin<T>& bin, const Pixels<2>& x, const Pixels<2>& grad_x, int64_t channels,
+                 const T* gradient, T* dots) {
   if constexpr (kScatter && kDots) {
     if (bin.columns == 2) return visit_columns<T, true, true, 2>(bin, x, grad_x, channels, gradient, dots);
     if (bin.columns == 3) return visit_columns<T, true, true, 3>(bin, x, grad_x, channels, gradient, dots);
