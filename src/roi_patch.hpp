@@ -87,16 +87,17 @@ struct Lines {
   // a guess.
   template <bool kSlopes>
   DCN_INLINE bool find_inside(const RoIAxis& axis, double base) {
-    const double last = axis.samples - 1;
-    const double from = axis.step < 0 ? last : 0, by = axis.step < 0 ? -1 : 1;
-    if (!(axis.samples <= kFewSamples && axis.coordinate(base, from) >= 0 &&
-          axis.coordinate(base, last - from) < static_cast<double>(axis.extent - 1)))
+    const auto coordinate_of = [&](double i) {
+      return axis.coordinate(base, axis.step < 0 ? axis.samples - 1 - i : i);
+    };
+    if (!(axis.samples <= kFewSamples && axis.between_pixels(coordinate_of(0)) &&
+          axis.between_pixels(coordinate_of(axis.samples - 1))))
       return false;
     Sums low = {}, high = {};  // of the last two lines
     int64_t at = 0, before = INT64_MAX;
     bool at_pixel = false;
-    for (double i = 0, sample = from; i < axis.samples; ++i, sample += by) {
-      const double coordinate = axis.coordinate(base, sample);
+    for (double i = 0; i < axis.samples; ++i) {
+      const double coordinate = coordinate_of(i);
       const int64_t index = static_cast<int64_t>(coordinate);
       const double fraction = coordinate - static_cast<double>(index);
       at_pixel |= fraction == 0;

@@ -78,11 +78,15 @@ struct RoIAxis {
   DCN_INLINE double coordinate(double base, double sample) const {
     return base + rounded((sample + centre) * step);
   }
+  // False for NaN.
+  DCN_INLINE bool between_pixels(double coordinate) const {
+    return coordinate >= 0 && coordinate < static_cast<double>(extent - 1);
+  }
 };
 
 struct RoISample {
   bool inside;
-  bool moves;       // inside the pixels: the derivative is that of the cell [low, low + 1), else 0
+  bool moves;       // between pixels: the derivative is that of the cell [low, low + 1), else 0
   int64_t low;      // the lower pixel; there is an upper one where `fraction` is not 0
   double fraction;  // the weight of the upper pixel
 };
@@ -96,7 +100,7 @@ DCN_INLINE RoISample roi_sample(const RoIAxis& axis, double coordinate) {
   const double clamped = coordinate < 0 ? 0 : coordinate > last ? last : coordinate;
   sample.low = static_cast<int64_t>(clamped);
   sample.fraction = clamped - static_cast<double>(sample.low);
-  sample.moves = coordinate >= 0 && coordinate < last;
+  sample.moves = axis.between_pixels(coordinate);
   return sample;
 }
 
