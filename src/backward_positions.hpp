@@ -119,16 +119,17 @@ class PositionPass : public BackwardRound<T, NDim> {
     const Displacement<T, NDim> moved = this->moved(slot, group);
     const Displacement<T, NDim> gradients(arguments_.grad_offset, arguments_.grad_mask, arguments_.positions,
                                           plan_.taps, first_image_ + slot, group, geometry().offset_groups);
-    gradients.template prefetch<true>(tap.index + 1, tile.first, tile.count);
+    gradients.expect_writes(tap.index + 1, tile.first, tile.count);
     with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry()), [&](auto lanes) {
       using L = decltype(lanes);
+      const TapNumbers<T, NDim> numbers(moved, tap.index, tile.first);
       for (int64_t p = 0; p < tile.count; p += L::count) {
         const int64_t position = tile.first + p, count = tile.count - p;
         typename L::Real dots[kDotsEach];
         sum_dots<L>(slot, begin, end, tap.index, at + p, dots);
         AxisSample<L> axes[NDim];
-        locate<L>(geometry(), tile, tap, moved, p, axes);
-        const auto mask = moved.template masks<L>(tap.index, position, count);
+        locate<L>(geometry(), tile, tap, numbers, p, axes);
+        const auto mask = numbers.template masks<L>(p, count);
         const PositionGradients<L, NDim> gradient = position_gradients<L, NDim>(axes, mask, dots);
         for (int axis = 0; axis < NDim; ++axis)
           gradients.template write_offsets<L>(tap.index, axis, position, count, gradient.offset[axis]);

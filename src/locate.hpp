@@ -76,23 +76,11 @@ struct Displacement {
     if (mask.data) this->mask.data += image * mask.batch + group * taps * mask.channel;
   }
 
-  // Values of L::count positions, of which the first `count` exist; the others read as `missing` or 0.
-  template <class L>
-  typename L::Real offsets(int64_t tap, int axis, int64_t position, int64_t count) const {
-    return read<L>(offset, tap * NDim + axis, position, count, L::real(0));
-  }
-  template <class L>
-  typename L::Real masks(int64_t tap, int64_t position, int64_t count) const {
-    return read<L>(mask, tap, position, count, L::real(1));
-  }
-  // Asks for a tap's numbers, to be read or written soon; after the last tap of the group comes the next group's
-  // first, and past the last of all it does nothing. The planes of different taps lie far apart, too many streams
-  // for the processor to foresee.
-  template <bool kWrite = false>
-  DCN_INLINE void prefetch(int64_t tap, int64_t position, int64_t count) const {
+  // Asks for a tap's numbers, to be written soon; past the last tap of all groups it does nothing.
+  DCN_INLINE void expect_writes(int64_t tap, int64_t position, int64_t count) const {
     if (tap >= taps_ahead) return;
-    for (int axis = 0; axis < NDim; ++axis) prefetch<kWrite>(offset, tap * NDim + axis, position, count);
-    prefetch<kWrite>(mask, tap, position, count);
+    for (int axis = 0; axis < NDim; ++axis) expect_writes(offset, tap * NDim + axis, position, count);
+    expect_writes(mask, tap, position, count);
   }
   template <class L>
   void write_offsets(int64_t tap, int axis, int64_t position, int64_t count, typename L::Real values) const {
@@ -104,30 +92,11 @@ struct Displacement {
   }
 
  private:
-  template <bool kWrite>
-  static DCN_INLINE void prefetch(const Planes& planes, int64_t channel, int64_t position, int64_t count) {
+  static DCN_INLINE void expect_writes(const Planes& planes, int64_t channel, int64_t position,
+                                       int64_t count) {
     if (planes.data && planes.position <= static_cast<int64_t>(sizeof(T)))
-      prefetch_lines<kWrite>(planes.data + channel * planes.channel + position * planes.position,
-                             count * planes.position);
-  }
-  template <class L>
-  DCN_INLINE typename L::Real read(const Planes& planes, int64_t channel, int64_t position, int64_t count,
-                                   typename L::Real missing) const {
-    if (!planes.data) return missing;
-    const char* from = planes.data + channel * planes.channel + position * planes.position;
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (storage != Storage::kSame) {
-        T values[L::count] = {};
-        widen_some(storage, from, planes.position, count < L::count ? count : L::count, values);
-        return load<typename L::Real>(values);
-      }
-    }
-    if (planes.position == sizeof(T) && count >= L::count)
-      return load<typename L::Real>(reinterpret_cast<const T*>(from));
-    T values[L::count] = {};
-    for (int64_t i = 0; i < count && i < L::count; ++i)
-      values[i] = *reinterpret_cast<const T*>(from + i * planes.position);
-    return load<typename L::Real>(values);
+      prefetch_lines<true>(planes.data + channel * planes.channel + position * planes.position,
+                           count * planes.position);
   }
   template <class L>
   DCN_INLINE void write(const Planes& planes, int64_t channel, int64_t position, int64_t count,
@@ -147,6 +116,74 @@ struct Displacement {
   }
 };
 
+// What is read where there are no offsets, or no mask.
+template <class T>
+constexpr T kNone[16] = {};
+template <class T>
+constexpr T kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+static_assert(kMostLanes <= 16);
+
+// The offsets, axis by axis, and the mask of one tap, from one position on. Meant for a variable of the loop that reads
+// them: what is stored there cannot be what it holds, which a compiler must take of what it was given.
+template <class T, int NDim>
+class TapNumbers {
+ public:
+  DCN_INLINE TapNumbers(const Displacement<T, NDim>& moved, int64_t tap, int64_t position) {
+    for (int i = 0; i <= NDim; ++i) {
+      const bool is_mask = i == NDim;
+      const Planes& planes = is_mask ? moved.mask : moved.offset;
+      const int64_t channel = is_mask ? tap : tap * NDim + i, ahead = is_mask ? 1 : NDim;
+      step_[i] = planes.data ? planes.position : 0;
+      from_[i] = planes.data ? planes.data + channel * planes.channel + position * planes.position
+                             : reinterpret_cast<const char*>(is_mask ? kOnes<T> : kNone<T>);
+      storage_[i] = planes.data ? moved.storage : Storage::kSame;
+      // After the last tap of the group comes the next group's first. The planes of different taps lie far apart, too
+      // many streams for the processor to foresee.
+      const bool foreseen =
+          planes.data && planes.position <= static_cast<int64_t>(sizeof(T)) && tap + 1 < moved.taps_ahead;
+      next_[i] = foreseen ? from_[i] + ahead * planes.channel : from_[i];
+      whole_ = whole_ && (!planes.data || (planes.position == sizeof(T) && moved.storage == Storage::kSame));
+    }
+  }
+  // Numbers of L::count positions from the p-th on, of which the first `count` exist.
+  template <class L>
+  DCN_INLINE typename L::Real offsets(int axis, int64_t p, int64_t count) const {
+    return read<L>(axis, p, count);
+  }
+  template <class L>
+  DCN_INLINE typename L::Real masks(int64_t p, int64_t count) const {
+    return read<L>(NDim, p, count);
+  }
+  // Asks for the same of the next tap: a few lines at a time, for a processor waits once it has asked for more than it
+  // can keep track of.
+  DCN_INLINE void expect_next(int64_t p) const {
+#pragma GCC unroll 4
+    for (int i = 0; i <= NDim; ++i) __builtin_prefetch(next_[i] + p * step_[i]);
+  }
+
+ private:
+  template <class L>
+  DCN_INLINE typename L::Real read(int i, int64_t p, int64_t count) const {
+    const char* from = from_[i] + p * step_[i];
+    if (whole_ && count >= L::count) return load<typename L::Real>(reinterpret_cast<const T*>(from));
+    T values[L::count] = {};
+    read_some(storage_[i], from, step_[i], count < L::count ? count : L::count, values);
+    return load<typename L::Real>(values);
+  }
+  [[gnu::noinline]] static void read_some(Storage storage, const char* from, int64_t step, int64_t count,
+                                          T* values) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (storage != Storage::kSame) return widen_some(storage, from, step, count, values);
+    }
+    for (int64_t i = 0; i < count; ++i) values[i] = *reinterpret_cast<const T*>(from + i * step);
+  }
+
+  const char *from_[NDim + 1], *next_[NDim + 1];
+  int64_t step_[NDim + 1];  // bytes from position to position
+  Storage storage_[NDim + 1];
+  bool whole_ = true;  // vectors of them lie in memory
+};
+
 // Pixels of some channels of one image: where a pixel's first channel lies; its channels follow without a
 // gap.
 template <int NDim>
@@ -163,44 +200,57 @@ struct Samples {
   T weight[kCorners<NDim>][kTilePositions];
 };
 
-// The axes of L::count positions of a tile, from `p` on. Asks for the same of the next tap: a few lines at a time, for
-// a processor waits once it has asked for more than it can keep track of.
+// The axes of L::count positions of a tile, from `p` on.
 template <class L, class T, int NDim>
 DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
-                       const Displacement<T, NDim>& moved, int64_t p, AxisSample<L> (&axes)[NDim]) {
+                       const TapNumbers<T, NDim>& numbers, int64_t p, AxisSample<L> (&axes)[NDim]) {
 #pragma GCC unroll 8
   for (int axis = 0; axis < NDim; ++axis) {
     const auto origin = load<Vec<int64_t, L::count>>(&tile.origin[axis][p]);
     const auto base = convert<typename L::Index>(origin) + L::index(tap.reach[axis]);
-    const auto offset = moved.template offsets<L>(tap.index, axis, tile.first + p, tile.count - p);
+    const auto offset = numbers.template offsets<L>(axis, p, tile.count - p);
     axes[axis] = locate_axis<L>(offset, base, geometry.input[axis]);
   }
-  moved.prefetch(tap.index + 1, tile.first + p, least(L::count, tile.count - p));
+  numbers.expect_next(p);
 }
 
-// The pixels of the corners of cells: found once, not again for every corner. Holds copies, for a compiler must take it
-// that addresses which are stored may be what it was given.
+// The pixels of the corners of cells, and what stands in for a pixel that must not be touched. Holds copies, for a
+// compiler must take it that addresses which are stored may be what it was given.
 template <class L, int NDim>
 struct CornerPixels {
-  using Addresses = Vec<int64_t, L::count>;
-  typename L::Index cell = {};  // distance of the first corner in bytes
-  Pixels<NDim> pixels;
-  int64_t nothing;
+  using Index = typename L::Index;
+  int64_t base, axis[NDim];
+  Index cell;        // distance of the first corner from the base, in bytes
+  int64_t nothing;   // an address
+  bool near = true;  // whether an index holds the distance to it as well
 
   DCN_INLINE CornerPixels(const AxisSample<L> (&axes)[NDim], const Pixels<NDim>& pixels, const void* nothing)
-      : pixels(pixels), nothing(reinterpret_cast<int64_t>(nothing)) {
-    for (int axis = 0; axis < NDim; ++axis) cell += axes[axis].cell * L::index(pixels.axis[axis]);
+      : nothing(reinterpret_cast<int64_t>(nothing)) {
+    base = reinterpret_cast<int64_t>(pixels.data);
+    cell = Index{};
+    if constexpr (L::kNarrow) {
+      // Half of what 32 bits without a sign hold lies before the pixels.
+      constexpr int64_t kBefore = int64_t{1} << 31;
+      const int64_t distance = this->nothing - base;
+      near = distance >= -kBefore && distance < kBefore;
+      base -= kBefore;
+      cell = L::index(kBefore);
+    }
+    for (int i = 0; i < NDim; ++i) {
+      axis[i] = pixels.axis[i];
+      cell += axes[i].cell * L::index(axis[i]);
+    }
   }
   // Writes the address of a corner's pixel for each position; where it is not `readable` that of `nothing`.
   DCN_INLINE void store_addresses(int corner, typename L::Mask readable, int64_t* to) const {
     int64_t from_cell = 0;
-    for (int axis = 0; axis < NDim; ++axis)
-      if (corner_bit<NDim>(corner, axis)) from_cell += pixels.axis[axis];
-    // Arithmetic instead of a selection: compilers take selections of vectors wider than a register apart.
-    const int64_t to_corner = reinterpret_cast<int64_t>(pixels.data) + from_cell - nothing;
-    const Addresses chosen =
-        (convert<Addresses>(cell) + (to_corner - Addresses{})) & convert<Addresses>(readable);
-    store(to, chosen + (nothing - Addresses{}));
+    for (int i = 0; i < NDim; ++i)
+      if (corner_bit<NDim>(corner, i)) from_cell += axis[i];
+    const Index distance = cell + L::index(from_cell);
+    if constexpr (L::kNarrow) {
+      if (!near) return store_sums<L::count>(distance, base, to, readable, nothing);
+    }
+    store_sums<L::count>(L::select(readable, distance, L::index(nothing - base)), base, to);
   }
 };
 
@@ -274,12 +324,13 @@ Slab locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<N
                    Samples<T, NDim>& samples) {
   return with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry, pixels), [&](auto lanes) {
     using L = decltype(lanes);
+    const TapNumbers<T, NDim> numbers(moved, tap.index, tile.first);
     SlabFinder<L> slab(geometry.input[0]);
     for (int64_t p = 0; p < tile.count; p += L::count) {
       AxisSample<L> axes[NDim];
-      locate<L>(geometry, tile, tap, moved, p, axes);
+      locate<L>(geometry, tile, tap, numbers, p, axes);
       slab.add(axes[0]);
-      const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
+      const auto mask = numbers.template masks<L>(p, tile.count - p);
       const CornerPixels<L, NDim> corners(axes, pixels, zeros);
 #pragma GCC unroll 8
       for (int corner = 0; corner < kCorners<NDim>; ++corner) {
@@ -310,10 +361,11 @@ void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<
   const bool narrow = fits_narrow_lanes<T, NDim>(geometry, x) && fits_narrow_lanes<T, NDim>(geometry, grad_x);
   with_lanes<T>(narrow, [&](auto lanes) {
     using L = decltype(lanes);
+    const TapNumbers<T, NDim> numbers(moved, tap.index, tile.first);
     for (int64_t p = 0; p < tile.count; p += L::count) {
       AxisSample<L> axes[NDim];
-      locate<L>(geometry, tile, tap, moved, p, axes);
-      const auto mask = moved.template masks<L>(tap.index, tile.first + p, tile.count - p);
+      locate<L>(geometry, tile, tap, numbers, p, axes);
+      const auto mask = numbers.template masks<L>(p, tile.count - p);
       const CornerPixels<L, NDim> of_x(axes, x, zeros), of_grad_x(axes, grad_x, nowhere);
 #pragma GCC unroll 8
       for (int corner = 0; corner < kCorners<NDim>; ++corner) {

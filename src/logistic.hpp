@@ -67,12 +67,13 @@ void logistic(const Planes& values, Storage storage, const int64_t (&extents)[3]
   const auto [batch, channels, positions] = extents;
   for (int64_t image = 0; image < batch; ++image) {
     const Displacement<T, 1> lines({}, values, storage, channels, image, 0, 1);
-    for (int64_t channel = 0; channel < channels; ++channel)
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      const TapNumbers<T, 1> line(lines, channel, 0);
       for (int64_t p = 0; p < positions; p += L::count) {
-        const auto found =
-            logistic_of<L>(lines.template masks<L>(channel, p, positions - p), L::real(factor));
+        const auto found = logistic_of<L>(line.template masks<L>(p, positions - p), L::real(factor));
         lines.template write_masks<L>(channel, p, positions - p, found);
       }
+    }
   }
 }
 

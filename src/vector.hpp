@@ -116,13 +116,14 @@ DCN_INLINE To convert(From value) {
 template <class T, class I, int N>
 struct LanesOf {
   static constexpr int count = N;
+  static constexpr bool kNarrow = sizeof(I) == 4;
   using Element = T;
   using Real = Vec<T, N>;
   using Index = Vec<I, N>;
   using Mask = Index;
   using RealMask = decltype(Real{} < Real{});
   // With 32 bits, images and bases stay below 2^29: then base + floor cannot leave 31 bits.
-  static constexpr double kLimit = sizeof(I) == 4 ? 1073741824.0 : 2147483648.0;
+  static constexpr double kLimit = kNarrow ? 1073741824.0 : 2147483648.0;
   static DCN_INLINE Real real(double value) { return broadcast<Real>(static_cast<T>(value)); }
   static DCN_INLINE Index index(int64_t value) { return static_cast<I>(value) - Index{}; }
   static DCN_INLINE Real truncate(Real value) { return convert<Real>(convert<Vec<int32_t, N>>(value)); }
@@ -174,6 +175,44 @@ template <int... I>
 struct CountTo<0, I...> {
   using type = Indices<I...>;
 };
+
+// The lanes of `low` from `first` on, each beside that of `high`: the halves of numbers twice as wide.
+template <class Wide, class V, int... I>
+DCN_INLINE Wide joined_lanes(V low, V high, int first, Indices<I...>) {
+  constexpr int lanes = sizeof...(I);
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+  const V joined = first ? __builtin_shufflevector(low, high, (I % 2 * lanes + lanes / 2 + I / 2)...)
+                         : __builtin_shufflevector(low, high, (I % 2 * lanes + I / 2)...);
+  return load<Wide>(&joined);
+}
+
+// Writes addend + values[i], and `otherwise` where there is a mask and it is not set. 32 bits are taken for a number
+// without a sign. In vectors as wide as a register: GCC takes conversions into wider ones apart, and puts a scalar for
+// them together in memory, lane by lane.
+template <int N>
+DCN_INLINE void store_sums(Vec<int64_t, N> values, int64_t addend, int64_t* to) {
+  store(to, values + broadcast<Vec<int64_t, N>>(addend));
+}
+template <int N>
+DCN_INLINE void store_sums(Vec<int32_t, N> values, int64_t addend, int64_t* to) {
+  using Half = Vec<int64_t, N / 2>;
+#pragma GCC unroll 2
+  for (int first = 0; first < N; first += N / 2)
+    store_sums<N / 2>(joined_lanes<Half>(values, Vec<int32_t, N>{}, first, typename CountTo<N>::type{}),
+                      addend, to + first);
+}
+template <int N>
+DCN_INLINE void store_sums(Vec<int32_t, N> values, int64_t addend, int64_t* to, Vec<int32_t, N> mask,
+                           int64_t otherwise) {
+  using Half = Vec<int64_t, N / 2>;
+  using All = typename CountTo<N>::type;
+#pragma GCC unroll 2
+  for (int first = 0; first < N; first += N / 2) {
+    const Half sum =
+        joined_lanes<Half>(values, Vec<int32_t, N>{}, first, All{}) + broadcast<Half>(addend - otherwise);
+    store_sums<N / 2>(sum & joined_lanes<Half>(mask, mask, first, All{}), otherwise, to + first);
+  }
+}
 
 // One step of a transposition by blocks: swaps the upper right and lower left blocks of size D in the pair of
 // rows.
