@@ -453,7 +453,7 @@ def _channels_last(array):
 
 
 def _mapped(array):
-    """Channels-last in pages of its own: on 64-bit Linux too far from small allocations for 32-bit distances."""
+    """Channels-last in pages of its own, too far from small allocations for 32-bit distances."""
     data = np.frombuffer(mmap.mmap(-1, max(array.nbytes, 1)), np.uint8)[: array.nbytes]
     wanted = _channels_last(array)
     view = np.ndarray(array.shape, array.dtype, data, strides=wanted.strides)

@@ -373,7 +373,7 @@ def test_channels_last_in_channels_last_out(rank):
 def test_an_image_may_lie_anywhere(isa):
     problem = random_problem(7, rank=2, dtype=np.float32, offset_groups=2, groups=1, extent=(9, 9))
     near, far = (problem.replace(x=LAYOUTS[layout](problem.x)) for layout in ("channels_last", "mapped"))
-    # Further apart than twice what 32 bits hold: wherever the engine's memory is, it is far from one of the two.
+    # Further apart than twice what 32 bits hold: one of the two is far from the engine's memory.
     if abs(near.x.ctypes.data - far.x.ctypes.data) < 2**33:
         pytest.skip("the system maps pages near to small allocations")
     assert same_bits(far.forward(dcn_np), near.forward(dcn_np))
