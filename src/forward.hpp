@@ -19,6 +19,9 @@ struct ForwardPlan : Plan<T, NDim> {
   Panels panels;       // of the outputs of a weight group
   int64_t terms;       // of one output: taps x inputs of its group
   int64_t chunk_taps;  // taps gathered before they are multiplied
+  // The order of terms: [offset group][tap][input] instead of [tap][input]. What the taps of an offset group write then
+  // lies together.
+  bool by_offset_group;
   int64_t columns_stride, sums_stride;
   int64_t tile_positions, tiles;
   int64_t round_images;  // images whose channels-last copies exist at the same time
@@ -40,6 +43,8 @@ struct ForwardPlan : Plan<T, NDim> {
     const int64_t columns = taps * channels * 2 * kTileRows;  // of the fewest positions of a tile
     const bool whole = geometry.groups > 1 && terms <= kChunkTerms && columns <= kWholeColumns;
     chunk_taps = whole ? taps : ceiling(taps, ceiling(taps * channels, kChunkTerms));
+    by_offset_group =
+        geometry.groups == 1 && geometry.offset_groups > 1 && geometry.in_channels > 0 && chunk_taps == taps;
     columns_stride = this->depthwise ? 0 : ceiling(chunk_taps * channels, kLine) * kLine + kLine;
     sums_stride = uncrowded<T>(this->depthwise ? channels : geometry.groups * panels.padded());
 
@@ -66,6 +71,12 @@ struct ForwardPlan : Plan<T, NDim> {
   int64_t longest(int64_t tile) const {
     constexpr int64_t kWeights = 8;
     return ceiling(geometry.batch * ceiling(positions, tile), threads) * (tile + kWeights);
+  }
+  // Where a tap and an input stand among the terms of some taps, of which each has `inputs`.
+  int64_t term(int64_t tap, int64_t input, int64_t inputs) const {
+    if (!by_offset_group) return tap * inputs + input;
+    const int64_t channels = this->offset_group_channels, within = input % channels;
+    return (input - within) * taps + tap * channels + within;
   }
   int64_t sums_buffers() const { return this->depthwise && taps > kOutputPiece ? 2 : 1; }
   size_t packed_elements() const {
@@ -119,7 +130,7 @@ struct ForwardBuffers {
   }
 };
 
-// weight (out, in, tap) -> [group][panel][tap][in][lane]: one panel of one group.
+// weight (out, in, tap) -> [group][panel][term][lane]: one panel of one group.
 template <class T, int NDim>
 void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t group, int64_t panel,
                   T* packed) {
@@ -136,7 +147,7 @@ void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t gro
       prefetch_lines<false, false>(from + column * plan.terms + start + kRun, kRun * sizeof(T));
     transpose_matrix<T>(columns, run, from + start, plan.terms, block, width);
     for (int64_t i = 0; i < run; ++i) {
-      T* to = packed + (tap * plan.group_inputs + input) * width;
+      T* to = packed + plan.term(tap, input, plan.group_inputs) * width;
       for (int64_t lane = columns; lane < width; ++lane) block[i * width + lane] = 0;
       with_channels<T>(width, [&](int64_t width) __attribute__((always_inline)) {
         for_each_vector<T>(width, [&](auto lanes, int64_t lane) {
@@ -269,7 +280,7 @@ class ForwardRun {
       const int64_t end = least(first + plan_.chunk_taps, plan_.taps);
       const bool gathered = for_each_sampled_tap(
           image, slot, tile, first, end, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
-            T* columns = mine.columns + (tap - first) * geometry().in_channels + channel;
+            T* columns = mine.columns + plan_.term(tap - first, channel, geometry().in_channels);
             gather_columns<T, NDim>(*mine.samples, tile.count, channels, columns, plan_.columns_stride);
           });
       if (!gathered) return false;
