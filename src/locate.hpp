@@ -219,38 +219,28 @@ DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const T
 template <class L, int NDim>
 struct CornerPixels {
   using Index = typename L::Index;
-  int64_t base, axis[NDim];
-  Index cell;        // distance of the first corner from the base, in bytes
-  int64_t nothing;   // an address
-  bool near = true;  // whether an index holds the distance to it as well
+  Index cell = {};  // distance of the first corner in bytes
+  Pixels<NDim> pixels;
+  int64_t data, nothing;  // addresses
 
   DCN_INLINE CornerPixels(const AxisSample<L> (&axes)[NDim], const Pixels<NDim>& pixels, const void* nothing)
-      : nothing(reinterpret_cast<int64_t>(nothing)) {
-    base = reinterpret_cast<int64_t>(pixels.data);
-    cell = Index{};
-    if constexpr (L::kNarrow) {
-      // Half of what 32 bits without a sign hold lies before the pixels.
-      constexpr int64_t kBefore = int64_t{1} << 31;
-      const int64_t distance = this->nothing - base;
-      near = distance >= -kBefore && distance < kBefore;
-      base -= kBefore;
-      cell = L::index(kBefore);
-    }
-    for (int i = 0; i < NDim; ++i) {
-      axis[i] = pixels.axis[i];
-      cell += axes[i].cell * L::index(axis[i]);
-    }
+      : pixels(pixels),
+        data(reinterpret_cast<int64_t>(pixels.data)),
+        nothing(reinterpret_cast<int64_t>(nothing)) {
+    for (int axis = 0; axis < NDim; ++axis) cell += axes[axis].cell * L::index(pixels.axis[axis]);
   }
   // Writes the address of a corner's pixel for each position; where it is not `readable` that of `nothing`.
   DCN_INLINE void store_addresses(int corner, typename L::Mask readable, int64_t* to) const {
     int64_t from_cell = 0;
-    for (int i = 0; i < NDim; ++i)
-      if (corner_bit<NDim>(corner, i)) from_cell += axis[i];
+    for (int axis = 0; axis < NDim; ++axis)
+      if (corner_bit<NDim>(corner, axis)) from_cell += pixels.axis[axis];
     const Index distance = cell + L::index(from_cell);
+    const int64_t to_nothing = nothing - data;
     if constexpr (L::kNarrow) {
-      if (!near) return store_sums<L::count>(distance, base, to, readable, nothing);
+      const bool near = to_nothing >= INT32_MIN && to_nothing <= INT32_MAX;
+      if (!near) return store_sums<L::count>(distance, data, to, readable, nothing);
     }
-    store_sums<L::count>(L::select(readable, distance, L::index(nothing - base)), base, to);
+    store_sums<L::count>(L::select(readable, distance, L::index(to_nothing)), data, to);
   }
 };
 

@@ -186,32 +186,39 @@ DCN_INLINE Wide joined_lanes(V low, V high, int first, Indices<I...>) {
   return load<Wide>(&joined);
 }
 
-// Writes addend + values[i], and `otherwise` where there is a mask and it is not set. 32 bits are taken for a number
-// without a sign. In vectors as wide as a register: GCC takes conversions into wider ones apart, and puts a scalar for
-// them together in memory, lane by lane.
+// Writes addend + values[i], and `otherwise` where there is a mask and it is not set. In vectors as wide as a register:
+// GCC takes conversions into wider ones apart, and puts a scalar for them together in memory, lane by lane.
 template <int N>
 DCN_INLINE void store_sums(Vec<int64_t, N> values, int64_t addend, int64_t* to) {
   store(to, values + broadcast<Vec<int64_t, N>>(addend));
 }
-template <int N>
-DCN_INLINE void store_sums(Vec<int32_t, N> values, int64_t addend, int64_t* to) {
-  using Half = Vec<int64_t, N / 2>;
+
+// Calls body(values + 2^31, first) for both halves of the lanes, from `first` on. Without a sign, a zero beside a number
+// makes it twice as wide.
+constexpr int64_t kWidenedBias = int64_t{1} << 31;
+template <int N, class Body>
+DCN_INLINE void for_each_widened(Vec<int32_t, N> values, const Body& body) {
+  const auto biased = values ^ broadcast<Vec<int32_t, N>>(INT32_MIN);
 #pragma GCC unroll 2
   for (int first = 0; first < N; first += N / 2)
-    store_sums<N / 2>(joined_lanes<Half>(values, Vec<int32_t, N>{}, first, typename CountTo<N>::type{}),
-                      addend, to + first);
+    body(joined_lanes<Vec<int64_t, N / 2>>(biased, Vec<int32_t, N>{}, first, typename CountTo<N>::type{}),
+         first);
+}
+template <int N>
+DCN_INLINE void store_sums(Vec<int32_t, N> values, int64_t addend, int64_t* to) {
+  for_each_widened<N>(values, [&](auto half, int first) __attribute__((always_inline)) {
+    store_sums<N / 2>(half, addend - kWidenedBias, to + first);
+  });
 }
 template <int N>
 DCN_INLINE void store_sums(Vec<int32_t, N> values, int64_t addend, int64_t* to, Vec<int32_t, N> mask,
                            int64_t otherwise) {
-  using Half = Vec<int64_t, N / 2>;
-  using All = typename CountTo<N>::type;
-#pragma GCC unroll 2
-  for (int first = 0; first < N; first += N / 2) {
-    const Half sum =
-        joined_lanes<Half>(values, Vec<int32_t, N>{}, first, All{}) + broadcast<Half>(addend - otherwise);
-    store_sums<N / 2>(sum & joined_lanes<Half>(mask, mask, first, All{}), otherwise, to + first);
-  }
+  for_each_widened<N>(values, [&](auto half, int first) __attribute__((always_inline)) {
+    using Half = decltype(half);
+    const auto chosen = joined_lanes<Half>(mask, mask, first, typename CountTo<N>::type{});
+    const auto sum = half + broadcast<Half>(addend - kWidenedBias - otherwise);
+    store_sums<N / 2>(sum & chosen, otherwise, to + first);
+  });
 }
 
 // One step of a transposition by blocks: swaps the upper right and lower left blocks of size D in the pair of
