@@ -76,6 +76,9 @@ struct Displacement {
     if (mask.data) this->mask.data += image * mask.batch + group * taps * mask.channel;
   }
 
+  static DCN_INLINE char* at(const Planes& planes, int64_t channel, int64_t position) {
+    return planes.data + channel * planes.channel + position * planes.position;
+  }
   // Asks for a tap's numbers, to be written soon; past the last tap of all groups it does nothing.
   DCN_INLINE void expect_writes(int64_t tap, int64_t position, int64_t count) const {
     if (tap >= taps_ahead) return;
@@ -95,14 +98,13 @@ struct Displacement {
   static DCN_INLINE void expect_writes(const Planes& planes, int64_t channel, int64_t position,
                                        int64_t count) {
     if (planes.data && planes.position <= static_cast<int64_t>(sizeof(T)))
-      prefetch_lines<true>(planes.data + channel * planes.channel + position * planes.position,
-                           count * planes.position);
+      prefetch_lines<true>(at(planes, channel, position), count * planes.position);
   }
   template <class L>
   DCN_INLINE void write(const Planes& planes, int64_t channel, int64_t position, int64_t count,
                         typename L::Real values) const {
     if (!planes.data) return;
-    char* to = planes.data + channel * planes.channel + position * planes.position;
+    char* to = at(planes, channel, position);
     if constexpr (sizeof(T) == sizeof(float)) {
       if (storage != Storage::kSame) {
         T all[L::count];
@@ -134,7 +136,7 @@ class TapNumbers {
       const Planes& planes = is_mask ? moved.mask : moved.offset;
       const int64_t channel = is_mask ? tap : tap * NDim + i, ahead = is_mask ? 1 : NDim;
       step_[i] = planes.data ? planes.position : 0;
-      from_[i] = planes.data ? planes.data + channel * planes.channel + position * planes.position
+      from_[i] = planes.data ? moved.at(planes, channel, position)
                              : reinterpret_cast<const char*>(is_mask ? kOnes<T> : kNone<T>);
       storage_[i] = planes.data ? moved.storage : Storage::kSame;
       // After the last tap of the group comes the next group's first. The planes of different taps lie far apart, too
@@ -221,12 +223,10 @@ struct CornerPixels {
   using Index = typename L::Index;
   Index cell = {};  // distance of the first corner in bytes
   Pixels<NDim> pixels;
-  int64_t data, nothing;  // addresses
+  int64_t nothing;  // an address
 
   DCN_INLINE CornerPixels(const AxisSample<L> (&axes)[NDim], const Pixels<NDim>& pixels, const void* nothing)
-      : pixels(pixels),
-        data(reinterpret_cast<int64_t>(pixels.data)),
-        nothing(reinterpret_cast<int64_t>(nothing)) {
+      : pixels(pixels), nothing(reinterpret_cast<int64_t>(nothing)) {
     for (int axis = 0; axis < NDim; ++axis) cell += axes[axis].cell * L::index(pixels.axis[axis]);
   }
   // Writes the address of a corner's pixel for each position; where it is not `readable` that of `nothing`.
@@ -235,7 +235,7 @@ struct CornerPixels {
     for (int axis = 0; axis < NDim; ++axis)
       if (corner_bit<NDim>(corner, axis)) from_cell += pixels.axis[axis];
     const Index distance = cell + L::index(from_cell);
-    const int64_t to_nothing = nothing - data;
+    const int64_t data = reinterpret_cast<int64_t>(pixels.data), to_nothing = nothing - data;
     if constexpr (L::kNarrow) {
       const bool near = to_nothing >= INT32_MIN && to_nothing <= INT32_MAX;
       if (!near) return store_sums<L::count>(distance, data, to, readable, nothing);

@@ -176,14 +176,18 @@ struct CountTo<0, I...> {
   using type = Indices<I...>;
 };
 
-// The lanes of `low` from `first` on, each beside that of `high`: the halves of numbers twice as wide.
-template <class Wide, class V, int... I>
-DCN_INLINE Wide joined_lanes(V low, V high, int first, Indices<I...>) {
-  constexpr int lanes = sizeof...(I);
+// Each number beside its sign, which makes it twice as wide: the half of the lanes from `first` on.
+template <int N, int... I>
+DCN_INLINE Vec<int64_t, N / 2> widened_half(Vec<int32_t, N> values, int first, Indices<I...>) {
   static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-  const V joined = first ? __builtin_shufflevector(low, high, (I % 2 * lanes + lanes / 2 + I / 2)...)
-                         : __builtin_shufflevector(low, high, (I % 2 * lanes + I / 2)...);
-  return load<Wide>(&joined);
+  const auto signs = values >> 31;
+  const auto half = first ? __builtin_shufflevector(values, signs, (I % 2 * N + N / 2 + I / 2)...)
+                          : __builtin_shufflevector(values, signs, (I % 2 * N + I / 2)...);
+  return load<Vec<int64_t, N / 2>>(&half);
+}
+template <int N>
+DCN_INLINE Vec<int64_t, N / 2> widened_half(Vec<int32_t, N> values, int first) {
+  return widened_half<N>(values, first, typename CountTo<N>::type{});
 }
 
 // Writes addend + values[i], and `otherwise` where there is a mask and it is not set. In vectors as wide as a register:
@@ -192,33 +196,20 @@ template <int N>
 DCN_INLINE void store_sums(Vec<int64_t, N> values, int64_t addend, int64_t* to) {
   store(to, values + broadcast<Vec<int64_t, N>>(addend));
 }
-
-// Calls body(values + 2^31, first) for both halves of the lanes, from `first` on. Without a sign, a zero beside a number
-// makes it twice as wide.
-constexpr int64_t kWidenedBias = int64_t{1} << 31;
-template <int N, class Body>
-DCN_INLINE void for_each_widened(Vec<int32_t, N> values, const Body& body) {
-  const auto biased = values ^ broadcast<Vec<int32_t, N>>(INT32_MIN);
-#pragma GCC unroll 2
-  for (int first = 0; first < N; first += N / 2)
-    body(joined_lanes<Vec<int64_t, N / 2>>(biased, Vec<int32_t, N>{}, first, typename CountTo<N>::type{}),
-         first);
-}
 template <int N>
 DCN_INLINE void store_sums(Vec<int32_t, N> values, int64_t addend, int64_t* to) {
-  for_each_widened<N>(values, [&](auto half, int first) __attribute__((always_inline)) {
-    store_sums<N / 2>(half, addend - kWidenedBias, to + first);
-  });
+#pragma GCC unroll 2
+  for (int first = 0; first < N; first += N / 2)
+    store_sums<N / 2>(widened_half<N>(values, first), addend, to + first);
 }
 template <int N>
 DCN_INLINE void store_sums(Vec<int32_t, N> values, int64_t addend, int64_t* to, Vec<int32_t, N> mask,
                            int64_t otherwise) {
-  for_each_widened<N>(values, [&](auto half, int first) __attribute__((always_inline)) {
-    using Half = decltype(half);
-    const auto chosen = joined_lanes<Half>(mask, mask, first, typename CountTo<N>::type{});
-    const auto sum = half + broadcast<Half>(addend - kWidenedBias - otherwise);
-    store_sums<N / 2>(sum & chosen, otherwise, to + first);
-  });
+#pragma GCC unroll 2
+  for (int first = 0; first < N; first += N / 2) {
+    const auto sum = widened_half<N>(values, first) + broadcast<Vec<int64_t, N / 2>>(addend - otherwise);
+    store_sums<N / 2>(sum & widened_half<N>(mask, first), otherwise, to + first);
+  }
 }
 
 // One step of a transposition by blocks: swaps the upper right and lower left blocks of size D in the pair of
