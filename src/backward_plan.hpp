@@ -24,6 +24,7 @@ struct BackwardPlan : Plan<T, NDim> {
   int threads;
   bool grads_at_x, grads_at_positions, grads_at_weight;  // which of the three parts are asked for
   bool grad_output_in_place;
+  bool weights_far;            // when they are multiplied again
   int64_t grad_output_stride;  // from position to position, in elements
   int64_t block_channels, blocks;
   int64_t strip, strips;  // positions
@@ -37,7 +38,6 @@ struct BackwardPlan : Plan<T, NDim> {
         grad_x(arguments.grad_x, arguments.images, geometry.in_channels, geometry.input),
         threads(threads) {
     const Planes& grad_output = arguments.grad_output;
-    constexpr int64_t kVector = kLanes<T>;
     grads_at_x = arguments.grad_x.data;
     grads_at_positions = arguments.grad_offset.data || arguments.grad_mask.data;
     grads_at_weight = arguments.grad_weight;
@@ -46,14 +46,16 @@ struct BackwardPlan : Plan<T, NDim> {
     grad_output_stride = grad_output_in_place ? grad_output.position / static_cast<int64_t>(sizeof(T))
                                               : uncrowded<T>(geometry.out_channels);
     terms = taps * this->group_inputs;
+    weights_far = are_far<T>(terms * geometry.out_channels);
 
     // Narrower blocks where there would be too few to share among threads; the choice fixes the order of
     // sums, so it depends on the shape alone.
-    block_channels = geometry.in_channels >= 4 * kVector ? 2 * kVector : kVector;
+    block_channels =
+        geometry.in_channels >= 2 * kBlockChannels<T> ? kBlockChannels<T> : kBlockChannels<T> / 2;
     blocks = 0;
     for_each_block([&](const Block&) { ++blocks; });
 
-    constexpr int64_t kDotsBytes = 6 << 20;
+    constexpr int64_t kDotsBytes = 3 << 20;
     const int64_t per_position = blocks * taps * kCorners<NDim> * static_cast<int64_t>(sizeof(T));
     const int64_t fitting =
         per_position > 0 ? kDotsBytes / per_position / kScatterPositions * kScatterPositions : positions;
@@ -87,17 +89,21 @@ struct BackwardPlan : Plan<T, NDim> {
   size_t grad_output_elements() const { return grad_output_in_place ? 0 : positions * grad_output_stride; }
   int64_t dots_elements() const { return grads_at_positions ? blocks * taps * strip * kCorners<NDim> : 0; }
 
-  // Taps are taken so many at a time that their columns fill a panel: one, unless a block has few channels.
+  // Taps are taken so many at a time that their columns fill a panel: one, unless a block has few channels. Then it is
+  // the only panel.
   int64_t chunk_taps(const Block& block) const {
     const int64_t fitting = 2 * kLanes<T> / block.count;
     return least(fitting > 1 ? fitting : 1, taps);
   }
   int64_t chunks(const Block& block) const { return ceiling(taps, chunk_taps(block)); }
+  // All of one width.
   Panels panels(const Block& block, int64_t chunk) const {
     const int64_t first = chunk * chunk_taps(block);
-    return Panels::of<T>(least(chunk_taps(block), taps - first) * block.count);
+    const Panels panels = Panels::of<T>(least(chunk_taps(block), taps - first) * block.count);
+    if (panels.whole == 0) return panels;
+    return {panels.lanes, panels.columns, panels.count(), false};
   }
-  // Elements that one block takes when its weights are packed: a chunk is (outputs of the group, padded
+  // Elements that one block takes when its weights are packed: a panel of a chunk is (outputs of the group, padded
   // columns).
   int64_t packed_elements(const Block& block) const {
     if (this->depthwise) return taps * block.count;
@@ -106,7 +112,7 @@ struct BackwardPlan : Plan<T, NDim> {
     return columns * this->group_outputs;
   }
 
-  // weight is (out, in, tap) and a packed block (chunk, output of the group, column). Calls body(channels,
+  // weight is (out, in, tap) and a packed block (chunk, panel, output of the group, column). Calls body(channels,
   // taps, first element of weight, first element of the packed block, packed distance from tap to tap) for
   // matrices that cover both.
   template <class Body>
@@ -116,15 +122,18 @@ struct BackwardPlan : Plan<T, NDim> {
     const int64_t chunk_taps = this->chunk_taps(block);
     int64_t packed = 0;
     for (int64_t tap = 0; tap < taps; tap += chunk_taps) {
-      const int64_t width = panels(block, tap / chunk_taps).padded();
+      const Panels panels = this->panels(block, tap / chunk_taps);
       // Chunks of a single tap lie at a constant distance, so one matrix takes them all.
       const bool all = chunk_taps == 1;
-      for (int64_t output = 0; output < outputs; ++output)
-        body(block.count, all ? taps : least(chunk_taps, taps - tap),
-             (block.group * outputs + output) * terms + input * taps + tap, packed + output * width,
-             all ? outputs * width : block.count);
+      for (int64_t panel = 0; panel < panels.count(); ++panel) {
+        const int64_t first = panels.first(panel), width = panels.width(panel);
+        for (int64_t output = 0; output < outputs; ++output)
+          body(least(block.count - first, width), all ? taps : least(chunk_taps, taps - tap),
+               (block.group * outputs + output) * terms + (input + first) * taps + tap,
+               packed + first * outputs + output * width, all ? outputs * panels.padded() : block.count);
+      }
       if (all) return;
-      packed += outputs * width;
+      packed += outputs * panels.padded();
     }
   }
 };
@@ -166,7 +175,7 @@ struct BackwardBuffers {
       if (blocks) blocks[index++] = packed;
     });
     thread = space.take<PerThread>(plan.threads);
-    const size_t columns = kPositionPiece * 2 * kLanes<T>;
+    const size_t columns = kPositionPiece * kBlockChannels<T>;
     for (int i = 0; i < plan.threads; ++i) {
       const PerThread mine = {space.take<BackwardSamples<T, NDim>>(1), space.take<Samples<T, NDim>>(1),
                               space.take<T>(columns), space.take<T>(plan.block_channels)};

@@ -64,12 +64,16 @@ class PositionPass : public BackwardRound<T, NDim> {
     }
     const T* grad_output = grad_output_of(slot) + tile.first * stride + block.group * outputs;
     const T* weights = block.weights;
-    if (outputs == 0) __builtin_memset(mine.columns, 0, kScatterPositions * 2 * kLanes<T> * sizeof(T));
+    if (outputs == 0) __builtin_memset(mine.columns, 0, kScatterPositions * kBlockChannels<T> * sizeof(T));
     for (int64_t chunk = 0; chunk < plan_.chunks(block); ++chunk) {
       const Panels panels = plan_.panels(block, chunk);
       const int64_t width = panels.padded(), first = chunk * plan_.chunk_taps(block);
-      multiply_panel<T>(panels, 0, tile.count, grad_output, stride, Terms{1, 0, outputs, 1}, kPiece, weights,
-                        mine.columns, width, true);
+      for (int64_t panel = 0; panel < panels.count(); ++panel) {
+        const int64_t column = panels.first(panel), after = column + panels.width(panel);
+        multiply_panel<T>(panels, panel, tile.count, grad_output, stride, Terms{1, 0, outputs, 1}, kPiece,
+                          weights + column * outputs, mine.columns + column, width, true,
+                          plan_.weights_far ? weights + after * outputs : nullptr);
+      }
       for (int64_t tap = first; tap < least(first + plan_.chunk_taps(block), plan_.taps); ++tap) {
         const T* columns = mine.columns + (tap - first) * block.count;
         scatter_tap(slot, index, tile, tap, at, mine, [=](auto lanes, int64_t p, int64_t c) {

@@ -90,18 +90,23 @@ class WeightPass : public BackwardRound<T, NDim> {
     const int64_t chunk_taps = plan_.chunk_taps(block), first_tap = chunk * chunk_taps;
     const int64_t outputs = plan_.group_outputs, stride = plan_.grad_output_stride;
     const Panels panels = plan_.panels(block, chunk);
-    const int64_t width = panels.padded();
+    const int64_t width = panels.width(0);
     T* grad_weight = block.grad_weight;
     for (int64_t i = 0; i < chunk; ++i) grad_weight += plan_.panels(block, i).padded() * outputs;
     for_each_sampled_tap(slot, block, first_tap, least(chunk_taps, plan_.taps - first_tap), first, count,
                          mine, [&](const Tile<NDim>& tile, int64_t at, int64_t tap) {
+                           T* columns = mine.columns + at * width + (tap - first_tap) * block.count;
                            gather_columns<T, NDim>(
-                               *mine.samples, tile.count, block.count,
-                               mine.columns + at * width + (tap - first_tap) * block.count, width);
+                               *mine.samples, tile.count, block.count, [=](int64_t p, int64_t c) {
+                                 constexpr int64_t kPanel = 2 * kLanes<T>;
+                                 return columns + c / kPanel * kPanel * count + p * width + c % kPanel;
+                               });
                          });
     const T* grad_output = grad_output_of(slot) + first * stride + block.group * outputs;
-    multiply_panel<T>(panels, 0, outputs, grad_output, 1, Terms{1, 0, count, stride}, kPiece, mine.columns,
-                      grad_weight, width, false);
+    for (int64_t panel = 0; panel < panels.count(); ++panel)
+      multiply_panel<T>(panels, panel, outputs, grad_output, 1, Terms{1, 0, count, stride}, kPiece,
+                        mine.columns + panels.first(panel) * count,
+                        grad_weight + panels.first(panel) * outputs, width, false);
   }
 
   void weigh_piece_per_channel(int64_t slot, const PackedBlock& block, int64_t tap, int64_t first,

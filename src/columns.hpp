@@ -28,24 +28,28 @@ DCN_INLINE void gather(const Samples<T, NDim>& samples, int64_t positions, int64
   }
 }
 
+// The most channels that the backward pass takes at once. What it finds about positions serves a whole block, whatever
+// the vectors.
+template <class T>
+constexpr int64_t kBlockChannels = 128 / sizeof(T);
+
 // Calls body(channels), with a constant for the counts that matter most: it is then compiled without loops
 // and tails.
 template <class T, class Body>
 DCN_INLINE void with_channels(int64_t channels, const Body& body) {
-  constexpr int64_t kBlock = 2 * kLanes<T>;
+  constexpr int64_t kBlock = kBlockChannels<T>, kPanel = 2 * kLanes<T>;
   if (channels == kBlock) return body(kBlock);
+  if (kPanel != kBlock && channels == kPanel) return body(kPanel);
   if (channels == 4) return body(int64_t{4});
   body(channels);
 }
 
-// columns[position][channel] of one tap.
-template <class T, int NDim>
-void gather_columns(const Samples<T, NDim>& samples, int64_t positions, int64_t channels, T* columns,
-                    int64_t columns_stride) {
+// The columns of one tap; place(position, channel) is where a vector of them goes.
+template <class T, int NDim, class Place>
+void gather_columns(const Samples<T, NDim>& samples, int64_t positions, int64_t channels, Place place) {
   with_channels<T>(channels, [&](int64_t channels) __attribute__((always_inline)) {
-    gather<T, NDim>(samples, positions, channels, [&](auto, int64_t p, int64_t c, auto sample) {
-      store(columns + p * columns_stride + c, sample);
-    });
+    gather<T, NDim>(samples, positions, channels,
+                    [&](auto, int64_t p, int64_t c, auto sample) { store(place(p, c), sample); });
   });
 }
 

@@ -23,6 +23,7 @@ struct ForwardPlan : Plan<T, NDim> {
   // lies together.
   bool by_offset_group;
   int64_t columns_stride, sums_stride;
+  bool weights_far;  // when they are multiplied again
   int64_t tile_positions, tiles;
   int64_t round_images;  // images whose channels-last copies exist at the same time
   int64_t copies;        // items that the copy of an image consists of
@@ -45,6 +46,7 @@ struct ForwardPlan : Plan<T, NDim> {
     chunk_taps = whole ? taps : ceiling(taps, ceiling(taps * channels, kChunkTerms));
     by_offset_group =
         geometry.groups == 1 && geometry.offset_groups > 1 && geometry.in_channels > 0 && chunk_taps == taps;
+    weights_far = are_far<T>(packed_elements());
     columns_stride = this->depthwise ? 0 : ceiling(chunk_taps * channels, kLine) * kLine + kLine;
     sums_stride = uncrowded<T>(this->depthwise ? channels : geometry.groups * panels.padded());
 
@@ -281,7 +283,10 @@ class ForwardRun {
       const bool gathered = for_each_sampled_tap(
           image, slot, tile, first, end, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
             T* columns = mine.columns + plan_.term(tap - first, channel, geometry().in_channels);
-            gather_columns<T, NDim>(*mine.samples, tile.count, channels, columns, plan_.columns_stride);
+            gather_columns<T, NDim>(*mine.samples, tile.count, channels,
+                                    [columns, stride = plan_.columns_stride](int64_t p, int64_t c) {
+                                      return columns + p * stride + c;
+                                    });
           });
       if (!gathered) return false;
       for (int64_t group = 0; group < geometry().groups; ++group)
@@ -294,16 +299,29 @@ class ForwardRun {
     return true;
   }
 
+  const T* weights_of(int64_t group, int64_t panel, int64_t tap) const {
+    return plan_.packed(buffers_.weights, group, panel) +
+           tap * plan_.group_inputs * plan_.panels.width(panel);
+  }
+
+  // Those that are multiplied after the ones of a group, panel and run of taps; null where they are near anyway.
+  const T* weights_after(int64_t group, int64_t panel, int64_t first_tap, int64_t taps) const {
+    if (!plan_.weights_far) return nullptr;
+    if (panel + 1 < plan_.panels.count()) return weights_of(group, panel + 1, first_tap);
+    if (group + 1 < geometry().groups) return weights_of(group + 1, 0, first_tap);
+    return weights_of(0, 0, (first_tap + taps) % plan_.taps);
+  }
+
   void multiply_chunk(int64_t positions, int64_t group, int64_t panel, int64_t first_tap, int64_t taps,
                       Thread& mine) {
     const Panels& panels = plan_.panels;
-    const int64_t inputs = plan_.group_inputs, width = panels.width(panel);
-    const T* weights = plan_.packed(buffers_.weights, group, panel) + first_tap * inputs * width;
+    const int64_t inputs = plan_.group_inputs;
     const T* columns = mine.columns + group * inputs;
     T* sums = mine.sums + group * panels.padded() + panels.first(panel);
     multiply_panel<T>(panels, panel, positions, columns, plan_.columns_stride,
-                      Terms{taps, geometry().in_channels, inputs, 1}, kOutputPiece, weights, sums,
-                      plan_.sums_stride, first_tap == 0);
+                      Terms{taps, geometry().in_channels, inputs, 1}, kOutputPiece,
+                      weights_of(group, panel, first_tap), sums, plan_.sums_stride, first_tap == 0,
+                      weights_after(group, panel, first_tap, taps));
   }
 
   // Fetches the lines of the output that write() fills soon. The planes of the channels lie far apart, so without it

@@ -195,10 +195,10 @@ void clear_pixels(const Pixels<NDim>& view, const int64_t* extents, int64_t firs
   }
 }
 
-// How the kernels reach the pixels of an array of images: in place where channels are contiguous, else
-// and numbers of the kernel's type, else through a channels-last buffer of one image. The buffer holds parts of the channels one after the other,
-// [part][pixel][channel], as the pass takes them: a thread that works on a part then touches few pages and
-// whole lines.
+// How the kernels reach the pixels of an array of images: in place where channels are contiguous and numbers of the
+// kernel's type, else through a channels-last buffer of one image. The buffer holds parts of the channels one after the
+// other, [part][pixel][channel], as the pass takes them: a thread that works on a part then touches few pages and whole
+// lines.
 template <class T, int NDim>
 struct Images {
   Array array;

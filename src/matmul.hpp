@@ -41,12 +41,18 @@ DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
 // itself.
 constexpr int64_t kAhead = 1024;
 
+// Whether so much of B has left the second-level cache when it is multiplied again.
+template <class T>
+constexpr bool are_far(int64_t elements) {
+  return elements > (1 << 20) / static_cast<int64_t>(sizeof(T));
+}
+
 // A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are
-// added.
+// added. Of B it asks for what lies `ahead` elements further on.
 template <class T, int N, int NR, int M>
 __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_stride, Terms terms,
                                              int64_t most, const T* __restrict b, T* __restrict c,
-                                             int64_t c_stride, bool fresh) {
+                                             int64_t c_stride, bool fresh, int64_t ahead) {
   using V = Vec<T, N>;
   for_each_piece(terms, most, [&](Terms piece, int64_t distance) __attribute__((always_inline)) {
     V sums[M][NR];
@@ -62,7 +68,7 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
 #pragma GCC unroll 16
       for (int k = 0; k < decltype(kind)::count; ++k, b += NR * N) {
         constexpr int64_t kBytes = NR * N * sizeof(T);
-        if (k * kBytes % kLineBytes == 0) prefetch_lines<false>(b + kAhead / sizeof(T), kBytes);
+        if (k * kBytes % kLineBytes == 0) prefetch_lines<false>(b + ahead, kBytes);
         V columns[NR];
 #pragma GCC unroll 2
         for (int j = 0; j < NR; ++j) columns[j] = load<V>(b + j * N);
@@ -95,10 +101,12 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
 
 template <class T, int N, int NR>
 void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, int64_t piece, const T* b, T* c,
-                   int64_t c_stride, bool fresh) {
+                   int64_t c_stride, bool fresh, const T* next) {
+  const int64_t last = (rows / kTileRows - 1) * kTileRows;  // of the large tiles
   const auto tile = [&](auto count, int64_t i) {
+    const int64_t ahead = next && i == last ? next - b : kAhead / static_cast<int64_t>(sizeof(T));
     multiply_tile<T, N, NR, decltype(count)::count>(a + i * row_stride, row_stride, terms, piece, b,
-                                                    c + i * c_stride, c_stride, fresh);
+                                                    c + i * c_stride, c_stride, fresh, ahead);
   };
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows) tile(Lanes<kTileRows>{}, i);
@@ -128,16 +136,18 @@ struct Panels {
   int64_t padded() const { return (2 * whole + half) * lanes; }
 };
 
-// One panel of the product; `b` is the panel's packed rows for these terms. No terms: nothing is written.
+// One panel of the product; `b` is the panel's packed rows for these terms. No terms: nothing is written. `next`, where
+// not null, is the `b` of the product that follows, asked for while the last rows are multiplied.
 template <class T>
 void multiply_panel(const Panels& panels, int64_t panel, int64_t rows, const T* a, int64_t row_stride,
-                    Terms terms, int64_t piece, const T* b, T* c, int64_t c_stride, bool fresh) {
+                    Terms terms, int64_t piece, const T* b, T* c, int64_t c_stride, bool fresh,
+                    const T* next = nullptr) {
   const auto with = [&](auto lanes) {
     constexpr int n = decltype(lanes)::count;
     if (panel < panels.whole)
-      multiply_rows<T, n, 2>(rows, a, row_stride, terms, piece, b, c, c_stride, fresh);
+      multiply_rows<T, n, 2>(rows, a, row_stride, terms, piece, b, c, c_stride, fresh, next);
     else
-      multiply_rows<T, n, 1>(rows, a, row_stride, terms, piece, b, c, c_stride, fresh);
+      multiply_rows<T, n, 1>(rows, a, row_stride, terms, piece, b, c, c_stride, fresh, next);
   };
   constexpr int kMost = kLanes<T>;
   if (panels.lanes == kMost) return with(Lanes<kMost>{});

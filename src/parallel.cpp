@@ -35,6 +35,27 @@ std::atomic<int> active_teams{0};
 
 enum Mark : unsigned char { kUntouched, kClaimed, kDone };  // of what one item does for several
 
+constexpr size_t kHugePage = 2 << 20;
+
+struct Header {  // before every block
+  void* given;
+  size_t bytes;
+};
+
+Header& header_of(void* block) { return static_cast<Header*>(block)[-1]; }
+
+// The large block that was given back last waits for the next call: the system clears every page of a new one, which took
+// up to a tenth of the time of a call.
+std::atomic<void*> kept{nullptr};
+
+bool is_kept(size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  return false;  // so that it sees who reads and writes behind what was asked for
+#else
+  return bytes >= kHugePage && bytes <= 32 * kHugePage;
+#endif
+}
+
 void pause_briefly(int spins) {
   if (spins > 4096) {
     std::this_thread::sleep_for(std::chrono::microseconds(50));
@@ -210,27 +231,41 @@ void run_serially() {
 }
 
 void* allocate(size_t bytes) {
-  // Large blocks in huge pages where the system has them: a fault per 2 MB, and fewer misses of the page
-  // tables when corners are gathered from all over an image.
-  constexpr size_t kAlignment = 64, kHugePage = 2 << 20;
-  const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
-  if (bytes > SIZE_MAX - 2 * alignment) return nullptr;
+  const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
+  if (bytes > SIZE_MAX - 3 * alignment) return nullptr;
   const size_t whole = (bytes + alignment - 1) / alignment * alignment;
   // Not aligned_alloc: where glibc is older than 2.38 it finds no use for the block that the last call freed, and
   // the heap of a small process grew by megabytes.
-  char* given = static_cast<char*>(std::malloc(whole + alignment));
+  char* given = static_cast<char*>(std::malloc(whole + alignment + sizeof(Header)));
   if (!given) return nullptr;
-  // malloc aligns for a pointer at least: one to what it gave stands before the block.
-  char* block = given + alignment - reinterpret_cast<uintptr_t>(given) % alignment;
-  reinterpret_cast<void**>(block)[-1] = given;
+  char* first = given + sizeof(Header);
+  char* block = first + (alignment - reinterpret_cast<uintptr_t>(first) % alignment) % alignment;
+  header_of(block) = {given, bytes};
 #if defined(MADV_HUGEPAGE)
+  // A fault per 2 MB, and fewer misses of the page tables when corners are gathered from all over an image.
   if (alignment == kHugePage) madvise(block, whole, MADV_HUGEPAGE);
 #endif
   return block;
 }
 
-void release(void* memory) {
-  if (memory) std::free(static_cast<void**>(memory)[-1]);
+void release(void* block) {
+  if (block) std::free(header_of(block).given);
+}
+
+void* borrow(size_t bytes) {
+  if (is_kept(bytes)) {
+    void* block = kept.exchange(nullptr);
+    if (block && header_of(block).bytes >= bytes) return block;
+    release(block);
+  }
+  void* block = allocate(bytes);
+  if (block) return block;
+  release(kept.exchange(nullptr));
+  return allocate(bytes);
+}
+
+void give_back(void* block) {
+  release(block && is_kept(header_of(block).bytes) ? kept.exchange(block) : block);
 }
 
 }  // namespace dcn

@@ -1,5 +1,5 @@
 // One allocation per call, made before any thread starts: out of memory is then an answer and never an abort. Prepared
-// calls find it made.
+// calls find it made, large ones often that of the call before.
 #pragma once
 
 #include "parallel.hpp"
@@ -32,12 +32,12 @@ class Workspace {
   size_t used_ = 0;
 };
 
-// Takes a block that holds a `Buffers` (built from a Workspace&); null where there is no memory.
+// A block that holds a `Buffers` (built from a Workspace&), from allocate() or borrow(); null where there is no memory.
 template <class Buffers, class Plan>
-char* take_block(const Plan& plan) {
+void* take_block(const Plan& plan, void* (*take)(size_t bytes) = allocate) {
   Workspace count;
   Buffers measured(plan, count);
-  return count.possible() ? static_cast<char*>(allocate(count.used() + 64)) : nullptr;
+  return count.possible() ? take(count.used() + 64) : nullptr;
 }
 
 // Lays out a `Buffers` on a block of it and runs body(buffers).
@@ -48,13 +48,13 @@ Status on_block(const Plan& plan, void* block, const Body& body) {
   return body(buffers) ? Status::kOk : Status::kInterrupted;
 }
 
-// The same on a block of its own, which is freed.
+// The same on a block for this call alone.
 template <class Buffers, class Plan, class Body>
 Status with_workspace(const Plan& plan, const Body& body) {
-  char* block = take_block<Buffers>(plan);
+  void* block = take_block<Buffers>(plan, borrow);
   if (!block) return Status::kOutOfMemory;
   const Status status = on_block<Buffers>(plan, block, body);
-  release(block);
+  give_back(block);
   return status;
 }
 

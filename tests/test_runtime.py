@@ -118,12 +118,14 @@ def mixed_calls():
     y = dcn_np.deform_conv(x, offset, weight)
     double = problem(channels=5, size=9, dtype=np.float64)
     large = problem(channels=48, size=40, seed=1)
+    in_huge_pages = problem(channels=32, size=144, seed=2)
     return [
         lambda: [dcn_np.deform_conv(x, offset, weight)],
         lambda: [dcn_np.modulated_deform_conv(x, offset, mask, weight, padding=0)],
         lambda: [g for g in dcn_np.deform_conv_backward(y, x, offset, weight) if g is not None],
         lambda: both(double),
         lambda: both(large),
+        lambda: both(in_huge_pages),
     ]
 
 
@@ -450,6 +452,29 @@ def test_without_memory_a_team_that_shrank_and_grows_again_ends_no_process():
     # OpenMP ends the threads that a smaller team does not need: the larger one after it starts them anew.
     answers = [python_with_calls(MEMORY, left, 16, 2, 16) for left in (0, 8, 20, 34, 48, 64, 100)]
     assert set(answers) <= {"MemoryError", "success"}
+
+
+FAULTS = """
+import resource
+x, offset, mask, weight = problem(channels=32, size=256)
+grad_output = np.ones((1, 32, 254, 254), np.float32)
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    dcn_np.modulated_deform_conv_backward(grad_output, x, offset, mask, weight, needs=("weight",))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with threads.exactly(1):
+    print(faults(), faults())
+"""
+
+
+@linux_only
+def test_a_large_call_finds_the_memory_of_the_one_before():
+    # The system would clear 16 MiB again, and each page or huge page of them is a fault.
+    first, second = map(int, python_with_calls(FAULTS).split())
+    assert first >= 8
+    assert second <= first / 4
 
 
 SMALL_CALLS = """
