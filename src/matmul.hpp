@@ -102,14 +102,17 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
 template <class T, int N, int NR>
 void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, int64_t piece, const T* b, T* c,
                    int64_t c_stride, bool fresh, const T* next) {
-  const int64_t last = (rows / kTileRows - 1) * kTileRows;  // of the large tiles
+  int64_t large = rows / kTileRows;
+  // Rather two tiles of four rows than one of six and two of one.
+  if (large > 0 && kTileRows % 4 == 2 && rows % kTileRows % 4 == 2) --large;
   const auto tile = [&](auto count, int64_t i) {
-    const int64_t ahead = next && i == last ? next - b : kAhead / static_cast<int64_t>(sizeof(T));
+    const int64_t ahead =
+        next && i == (large - 1) * kTileRows ? next - b : kAhead / static_cast<int64_t>(sizeof(T));
     multiply_tile<T, N, NR, decltype(count)::count>(a + i * row_stride, row_stride, terms, piece, b,
                                                     c + i * c_stride, c_stride, fresh, ahead);
   };
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) tile(Lanes<kTileRows>{}, i);
+  for (; i < large * kTileRows; i += kTileRows) tile(Lanes<kTileRows>{}, i);
   for (; i + 4 <= rows; i += 4) tile(Lanes<4>{}, i);
   for (; i < rows; ++i) tile(Lanes<1>{}, i);
 }
