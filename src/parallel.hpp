@@ -80,7 +80,7 @@ void set_process_threads(int limit);
 void run_serially();           // from now on every team has one thread: called in the child of a fork
 void* allocate(size_t bytes);  // 64-byte aligned, null when there is none
 void release(void* block);
-// The same for the time of a call: what the last one gave back, where that suffices.
+// The same for the time of a call: what one before gave back, where that suffices.
 void* borrow(size_t bytes);
 void give_back(void* block);
 
