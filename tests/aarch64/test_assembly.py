@@ -42,9 +42,8 @@ def inner_loops(lines):
     return loops
 
 
-def one(functions, pattern):
-    (lines,) = (lines for name, lines in functions.items() if re.search(pattern, name))
-    return lines
+def matching(functions, pattern):
+    return [lines for name, lines in functions.items() if re.search(pattern, name)]
 
 
 def with_multiply_adds(loops, least):
@@ -64,9 +63,8 @@ def assert_in_registers(body):
 @pytest.mark.parametrize("number", ["f", "d"])
 def test_the_product_multiplies_in_registers(functions, number):
     lanes = {"f": 4, "d": 2}[number]
-    (body,) = with_multiply_adds(
-        inner_loops(one(functions, rf"multiply_tileI{number}Li{lanes}ELi2ELi6E")), 24 * lanes
-    )
+    (tile,) = matching(functions, rf"multiply_tileI{number}Li{lanes}ELi2ELi6E")
+    (body,) = with_multiply_adds(inner_loops(tile), 24 * lanes)
     assert_in_registers(body)
     multiply_adds = [line for line in body if "\tfmla\t" in line]
     assert len(multiply_adds) == 6 * 2 * 2 * lanes  # rows, vectors of columns, terms
@@ -75,7 +73,10 @@ def test_the_product_multiplies_in_registers(functions, number):
 
 @pytest.mark.parametrize("number", ["f", "d"])
 def test_samples_are_gathered_in_registers(functions, number):
-    loops = with_multiply_adds(inner_loops(one(functions, rf"gather_columnsI{number}Li2E")), 3)
-    assert loops
-    for body in loops:
-        assert_in_registers(body)
+    gathers = matching(functions, rf"gather_columnsI{number}Li2E")
+    assert len(gathers) == 2  # for results, and for the gradients of weights
+    for lines in gathers:
+        loops = with_multiply_adds(inner_loops(lines), 3)
+        assert loops
+        for body in loops:
+            assert_in_registers(body)
