@@ -128,7 +128,10 @@ def extensions(flags, link_flags):
     )
     native = Extension(
         "dcn_np.cpu._native",
-        ["dcn_np/cpu/_native.pyx", "src/dispatch.cpp", "src/parallel.cpp", "src/xla.cpp"],
+        [
+            "dcn_np/cpu/_native.pyx",
+            *("src/dispatch.cpp", "src/parallel.cpp", "src/memory.cpp", "src/xla.cpp"),
+        ],
         extra_compile_args=driven(flags),
         extra_link_args=link_flags,
         **cpp,

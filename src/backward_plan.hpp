@@ -24,7 +24,6 @@ struct BackwardPlan : Plan<T, NDim> {
   int threads;
   bool grads_at_x, grads_at_positions, grads_at_weight;  // which of the three parts are asked for
   bool grad_output_in_place;
-  bool weights_far;            // when they are multiplied again
   int64_t grad_output_stride;  // from position to position, in elements
   int64_t block_channels, blocks;
   int64_t strip, strips;  // positions
@@ -46,7 +45,6 @@ struct BackwardPlan : Plan<T, NDim> {
     grad_output_stride = grad_output_in_place ? grad_output.position / static_cast<int64_t>(sizeof(T))
                                               : uncrowded<T>(geometry.out_channels);
     terms = taps * this->group_inputs;
-    weights_far = are_far<T>(terms * geometry.out_channels);
 
     // Narrower blocks where there would be too few to share among threads; the choice fixes the order of
     // sums, so it depends on the shape alone.

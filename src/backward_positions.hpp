@@ -72,7 +72,7 @@ class PositionPass : public BackwardRound<T, NDim> {
         const int64_t column = panels.first(panel), after = column + panels.width(panel);
         multiply_panel<T>(panels, panel, tile.count, grad_output, stride, Terms{1, 0, outputs, 1}, kPiece,
                           weights + column * outputs, mine.columns + column, width, true,
-                          plan_.weights_far ? weights + after * outputs : nullptr);
+                          plan_.weights_are_far() ? weights + after * outputs : nullptr);
       }
       for (int64_t tap = first; tap < least(first + plan_.chunk_taps(block), plan_.taps); ++tap) {
         const T* columns = mine.columns + (tap - first) * block.count;

@@ -39,7 +39,7 @@ template <class T, class Body>
 DCN_INLINE void with_channels(int64_t channels, const Body& body) {
   constexpr int64_t kBlock = kBlockChannels<T>, kPanel = 2 * kLanes<T>;
   if (channels == kBlock) return body(kBlock);
-  if (kPanel != kBlock && channels == kPanel) return body(kPanel);
+  if (channels == kPanel) return body(kPanel);
   if (channels == 4) return body(int64_t{4});
   body(channels);
 }

@@ -41,12 +41,6 @@ DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
 // itself.
 constexpr int64_t kAhead = 1024;
 
-// Whether so much of B has left the second-level cache when it is multiplied again.
-template <class T>
-constexpr bool are_far(int64_t elements) {
-  return elements > (1 << 20) / static_cast<int64_t>(sizeof(T));
-}
-
 // A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are
 // added. Of B it asks for what lies `ahead` elements further on.
 template <class T, int N, int NR, int M>

@@ -1,4 +1,4 @@
-// Threads, interruption and memory for the kernels, without a header of the standard library: the
+// Threads and interruption for the kernels, without a header of the standard library: the
 // instruction-set files include this, and an inline function of std compiled there could replace everyone's
 // copy at link time.
 #pragma once
@@ -77,11 +77,6 @@ int hardware_threads();  // what the runtime would start from this thread: OMP_N
 // What a call may use that comes from a thread which is not Python's; until it is set, what OpenMP would start.
 int process_threads();
 void set_process_threads(int limit);
-void run_serially();           // from now on every team has one thread: called in the child of a fork
-void* allocate(size_t bytes);  // 64-byte aligned, null when there is none
-void release(void* block);
-// The same for the time of a call: what one before gave back, where that suffices.
-void* borrow(size_t bytes);
-void give_back(void* block);
+void run_serially();  // from now on every team has one thread: called in the child of a fork
 
 }  // namespace dcn

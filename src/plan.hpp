@@ -32,6 +32,10 @@ struct Plan {
     offset_group_channels = geometry.in_channels / geometry.offset_groups;
     depthwise = group_inputs == 1 && group_outputs == 1;
   }
+  // Whether weights have left the second-level cache when they are multiplied again.
+  bool weights_are_far() const {
+    return taps * group_inputs * geometry.out_channels > (1 << 20) / static_cast<int64_t>(sizeof(T));
+  }
   Tile<NDim> tile(int64_t index, int64_t size) const {
     const int64_t first = index * size;
     return Tile<NDim>(geometry, first, least(size, positions - first));

@@ -2,6 +2,7 @@
 // calls find it made, large ones often that of the call before.
 #pragma once
 
+#include "memory.hpp"
 #include "parallel.hpp"
 #include "platform.hpp"
 

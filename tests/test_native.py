@@ -93,7 +93,7 @@ def test_an_instruction_set_uses_its_registers(isa_object):
 
 
 @pytest.mark.skipif(BUILD["machine"]() != "x86_64", reason="the register names are those of x86-64")
-@pytest.mark.parametrize("name", ["dispatch.o", "parallel.o"])
+@pytest.mark.parametrize("name", ["dispatch.o", "parallel.o", "memory.o"])
 def test_what_every_machine_runs_uses_no_vector_extension(name):
     object_of("baseline")
     assert not re.search(r"%[yz]mm\d", run("objdump", "--disassemble", str(OBJECTS / name)))

@@ -57,6 +57,9 @@ cdef extern from "parallel.hpp" namespace "dcn" nogil:
     int hardware_threads() noexcept
     void set_process_threads(int) noexcept
     void run_serially() noexcept
+
+
+cdef extern from "memory.hpp" namespace "dcn" nogil:
     void release(void*) noexcept
 
 
