@@ -41,6 +41,10 @@ DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
 // itself.
 constexpr int64_t kAhead = 1024;
 
+// How many of M rows are reached from one pointer. The distances of more than these would not fit into the registers for
+// numbers; GCC keeps those left over in registers for vectors, and bringing one back takes the place of a multiplication.
+constexpr int pointer_rows(int rows) { return rows > 6 ? 3 : rows; }
+
 // A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are
 // added. Of B it asks for what lies `ahead` elements further on.
 template <class T, int N, int NR, int M>
@@ -55,10 +59,15 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
 #pragma GCC unroll 2
       for (int j = 0; j < NR; ++j) sums[i][j] = V{};
 
-    const auto add_terms = [&](auto kind, const T* step) __attribute__((always_inline)) {
+    constexpr int kRows = pointer_rows(M), kPointers = M / kRows;
+    static_assert(M % kRows == 0);
+    const T* from[kPointers];
+    const auto add_terms = [&](auto kind, int64_t distance) __attribute__((always_inline)) {
       decltype(kind) factors[M];
 #pragma GCC unroll 16
-      for (int i = 0; i < M; ++i) factors[i].read(step + i * row_stride);
+      for (int i = 0; i < M; ++i) factors[i].read(from[i / kRows] + i % kRows * row_stride);
+#pragma GCC unroll 16
+      for (int i = 0; i < kPointers; ++i) from[i] += distance;
 #pragma GCC unroll 16
       for (int k = 0; k < decltype(kind)::count; ++k, b += NR * N) {
         constexpr int64_t kBytes = NR * N * sizeof(T);
@@ -75,11 +84,15 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
       }
     };
     for (int64_t outer = 0; outer < piece.outer; ++outer) {
-      const T* step = a + distance + outer * piece.outer_stride;
+#pragma GCC unroll 16
+      for (int i = 0; i < kPointers; ++i) {
+        from[i] = a + distance + outer * piece.outer_stride + i * kRows * row_stride;
+        if (kPointers > 1) asm("" : "+r"(from[i]));  // else they become one and many distances again
+      }
       int64_t k = 0;
       if (constexpr int count = Factors<T>::count; count > 1 && piece.inner_stride == 1)
-        for (; k + count <= piece.inner; k += count, step += count) add_terms(Factors<T>{}, step);
-      for (; k < piece.inner; ++k, step += piece.inner_stride) add_terms(Factor<T>{}, step);
+        for (; k + count <= piece.inner; k += count) add_terms(Factors<T>{}, count);
+      for (; k < piece.inner; ++k) add_terms(Factor<T>{}, piece.inner_stride);
     }
 
 #pragma GCC unroll 16
