@@ -5,27 +5,34 @@
 
 namespace dcn::DCN_ISA {
 
+// Calls body(Lanes, channel, sample) for every vector of channels of a position.
+template <class T, int NDim, class Body>
+DCN_INLINE void gather_position(const Samples<T, NDim>& samples, int64_t p, int64_t channels,
+                                const Body& body) {
+  constexpr int n = kCorners<NDim>;
+  const T* corner[n];
+  T weight[n];
+#pragma GCC unroll 8
+  for (int j = 0; j < n; ++j) {
+    corner[j] = reinterpret_cast<const T*>(samples.address[j][p]);
+    weight[j] = samples.weight[j][p];
+  }
+  for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
+    using V = Vec<T, decltype(lanes)::count>;
+    V sample = load<V>(corner[0] + c) * broadcast<V>(weight[0]);
+#pragma GCC unroll 8
+    for (int j = 1; j < n; ++j) sample += load<V>(corner[j] + c) * broadcast<V>(weight[j]);
+    body(lanes, c, sample);
+  });
+}
+
 // Calls body(Lanes, position, channel, sample) for every vector of channels of every position of the tile.
 template <class T, int NDim, class Body>
 DCN_INLINE void gather(const Samples<T, NDim>& samples, int64_t positions, int64_t channels,
                        const Body& body) {
-  constexpr int n = kCorners<NDim>;
-  for (int64_t p = 0; p < positions; ++p) {
-    const T* corner[n];
-    T weight[n];
-#pragma GCC unroll 8
-    for (int j = 0; j < n; ++j) {
-      corner[j] = reinterpret_cast<const T*>(samples.address[j][p]);
-      weight[j] = samples.weight[j][p];
-    }
-    for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
-      using V = Vec<T, decltype(lanes)::count>;
-      V sample = load<V>(corner[0] + c) * broadcast<V>(weight[0]);
-#pragma GCC unroll 8
-      for (int j = 1; j < n; ++j) sample += load<V>(corner[j] + c) * broadcast<V>(weight[j]);
-      body(lanes, p, c, sample);
-    });
-  }
+  for (int64_t p = 0; p < positions; ++p)
+    gather_position<T, NDim>(samples, p, channels,
+                             [&](auto lanes, int64_t c, auto sample) { body(lanes, p, c, sample); });
 }
 
 // The most channels that the backward pass takes at once. What it finds about positions serves a whole block, whatever
@@ -50,6 +57,21 @@ void gather_columns(const Samples<T, NDim>& samples, int64_t positions, int64_t 
   with_channels<T>(channels, [&](int64_t channels) __attribute__((always_inline)) {
     gather<T, NDim>(samples, positions, channels,
                     [&](auto, int64_t p, int64_t c, auto sample) { store(place(p, c), sample); });
+  });
+}
+
+// The columns of some taps, position by position: the taps of a position sample near to each other, and what one of them
+// brought into the nearest cache serves the next. To [position][tap][channel].
+template <class T, int NDim>
+void gather_taps(const Samples<T, NDim>* samples, int64_t taps, int64_t positions, int64_t channels, T* to,
+                 int64_t position_stride, int64_t tap_stride) {
+  with_channels<T>(channels, [&](int64_t channels) __attribute__((always_inline)) {
+    for (int64_t p = 0; p < positions; ++p)
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        T* column = to + p * position_stride + tap * tap_stride;
+        gather_position<T, NDim>(samples[tap], p, channels,
+                                 [&](auto, int64_t c, auto sample) { store(column + c, sample); });
+      }
   });
 }
 

@@ -130,22 +130,26 @@ class ForwardRun {
     });
   }
 
-  // Locates taps [begin, end) of every offset group and hands each one's samples to body(tap, first channel,
-  // channels). The taps of a group find the same pixels in the cache, so they follow each other. False: interrupted.
+  // Locates taps [begin, end) of every offset group, some at a time, and hands their samples to body(first tap, taps,
+  // first channel, channels). The taps of a group find the same pixels in the cache, so they follow each other. False:
+  // interrupted.
   template <class Body>
-  bool for_each_sampled_tap(int64_t image, int64_t slot, const Tile<NDim>& tile, int64_t begin, int64_t end,
+  bool for_each_run_of_taps(int64_t image, int64_t slot, const Tile<NDim>& tile, int64_t begin, int64_t end,
                             int thread, const Body& body) {
-    Samples<T, NDim>& samples = *buffers_.thread[thread].samples;
+    Samples<T, NDim>* samples = buffers_.thread[thread].samples;
     const int64_t channels = plan_.offset_group_channels;
     for (int64_t group = 0; group < geometry().offset_groups; ++group) {
       const Displacement<T, NDim> moved(arguments_.offset, arguments_.mask, arguments_.positions, plan_.taps,
                                         image, group, geometry().offset_groups);
       const Pixels<NDim> pixels = plan_.x.view(image, image_buffer(slot), group * channels, channels);
-      for (int64_t tap = begin; tap < end; ++tap) {
-        const Slab slab = locate_values(geometry(), tile, Tap<NDim>(geometry(), tap), moved, pixels,
-                                        buffers_.zeros, samples);
-        if (!provide(image, slot, slab, thread)) return false;
-        body(tap, group * channels, channels);
+      for (int64_t first = begin; first < end; first += plan_.taps_at_once) {
+        const int64_t taps = least(plan_.taps_at_once, end - first);
+        for (int64_t i = 0; i < taps; ++i) {
+          const Slab slab = locate_values(geometry(), tile, Tap<NDim>(geometry(), first + i), moved, pixels,
+                                          buffers_.zeros, samples[i]);
+          if (!provide(image, slot, slab, thread)) return false;
+        }
+        body(first, taps, group * channels, channels);
       }
     }
     return true;
@@ -156,13 +160,13 @@ class ForwardRun {
     if (plan_.terms == 0) __builtin_memset(mine.sums, 0, plan_.sums_stride * tile.count * sizeof(T));
     for (int64_t first = 0; first < plan_.taps; first += plan_.chunk_taps) {
       const int64_t end = least(first + plan_.chunk_taps, plan_.taps);
-      const bool gathered = for_each_sampled_tap(
-          image, slot, tile, first, end, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
-            T* columns = mine.columns + plan_.term(tap - first, channel, geometry().in_channels);
-            gather_columns<T, NDim>(*mine.samples, tile.count, channels,
-                                    [columns, stride = plan_.columns_stride](int64_t p, int64_t c) {
-                                      return columns + p * stride + c;
-                                    });
+      const bool gathered = for_each_run_of_taps(
+          image, slot, tile, first, end, thread,
+          [&](int64_t tap, int64_t taps, int64_t channel, int64_t channels) {
+            const int64_t inputs = geometry().in_channels;
+            gather_taps<T, NDim>(mine.samples, taps, tile.count, channels,
+                                 mine.columns + plan_.term(tap - first, channel, inputs),
+                                 plan_.columns_stride, plan_.by_offset_group ? channels : inputs);
           });
       if (!gathered) return false;
       for (int64_t group = 0; group < geometry().groups; ++group)
@@ -221,8 +225,9 @@ class ForwardRun {
   bool sum_per_channel(int64_t image, int64_t slot, const Tile<NDim>& tile, int thread) {
     Thread& mine = buffers_.thread[thread];
     const int64_t stride = plan_.sums_stride;
-    return for_each_sampled_tap(
-        image, slot, tile, 0, plan_.taps, thread, [&](int64_t tap, int64_t channel, int64_t channels) {
+    return for_each_run_of_taps(
+        image, slot, tile, 0, plan_.taps, thread,
+        [&](int64_t tap, int64_t, int64_t channel, int64_t channels) {
           const bool fresh = tap % kOutputPiece == 0,
                      last = (tap + 1) % kOutputPiece == 0 || tap + 1 == plan_.taps;
           const T* weights = buffers_.weights + tap * geometry().in_channels + channel;

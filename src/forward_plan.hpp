@@ -13,9 +13,10 @@ struct ForwardPlan : Plan<T, NDim> {
 
   const PreparedForward* prepared;  // or null
   Images<T, NDim> x;
-  Panels panels;       // of the outputs of a weight group
-  int64_t terms;       // of one output: taps x inputs of its group
-  int64_t chunk_taps;  // taps gathered before they are multiplied
+  Panels panels;         // of the outputs of a weight group
+  int64_t terms;         // of one output: taps x inputs of its group
+  int64_t chunk_taps;    // taps gathered before they are multiplied
+  int64_t taps_at_once;  // taps located before they are gathered
   // The order of terms: [offset group][tap][input] instead of [tap][input]. What the taps of an offset group write then
   // lies together.
   bool by_offset_group;
@@ -31,7 +32,8 @@ struct ForwardPlan : Plan<T, NDim> {
         x(arguments.x, arguments.images, arguments.geometry.in_channels, arguments.geometry.input),
         panels(Panels::of<T>(this->group_outputs)),
         threads(threads) {
-    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 2304 / sizeof(T), kColumnsBytes = 400 << 10;
+    constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 2304 / sizeof(T), kColumnsBytes = 400 << 10,
+                      kTapsAtOnce = 9;
     terms = taps * this->group_inputs;
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
     // Small weight groups are multiplied in one go: their sums are loaded and stored once. That pays also where columns
@@ -40,6 +42,7 @@ struct ForwardPlan : Plan<T, NDim> {
     const int64_t columns = taps * channels * 2 * kTileRows;  // of the fewest positions of a tile
     const bool whole = geometry.groups > 1 && terms <= kChunkTerms && columns <= kWholeColumns;
     chunk_taps = whole ? taps : ceiling(taps, ceiling(taps * channels, kChunkTerms));
+    taps_at_once = this->depthwise ? 1 : least(chunk_taps, kTapsAtOnce);
     by_offset_group =
         geometry.groups == 1 && geometry.offset_groups > 1 && geometry.in_channels > 0 && chunk_taps == taps;
     columns_stride = this->depthwise ? 0 : ceiling(chunk_taps * channels, kLine) * kLine + kLine;
@@ -116,7 +119,7 @@ struct ForwardBuffers {
     copied = space.take<unsigned char>(plan.x.most_copy_items() * plan.round_images);
     thread = space.take<PerThread>(plan.threads);
     for (int i = 0; i < plan.threads; ++i) {
-      const PerThread mine = {space.take<Samples<T, NDim>>(1),
+      const PerThread mine = {space.take<Samples<T, NDim>>(plan.taps_at_once),
                               space.take<T>(plan.columns_stride * plan.tile_positions),
                               space.take<T>(plan.sums_stride * plan.tile_positions * plan.sums_buffers()),
                               -1,

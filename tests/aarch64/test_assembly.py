@@ -73,8 +73,9 @@ def test_the_product_multiplies_in_registers(functions, number):
 
 @pytest.mark.parametrize("number", ["f", "d"])
 def test_samples_are_gathered_in_registers(functions, number):
-    gathers = matching(functions, rf"gather_columnsI{number}Li2E")
-    assert len(gathers) == 2  # for results, and for the gradients of weights
+    # For results, and for the gradients of weights.
+    gathers = matching(functions, rf"gather_(taps|columns)I{number}Li2E")
+    assert len(gathers) == 2
     for lines in gathers:
         loops = with_multiply_adds(inner_loops(lines), 3)
         assert loops
