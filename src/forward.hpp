@@ -160,14 +160,14 @@ class ForwardRun {
     if (plan_.terms == 0) __builtin_memset(mine.sums, 0, plan_.sums_stride * tile.count * sizeof(T));
     for (int64_t first = 0; first < plan_.taps; first += plan_.chunk_taps) {
       const int64_t end = least(first + plan_.chunk_taps, plan_.taps);
-      const bool gathered = for_each_run_of_taps(
-          image, slot, tile, first, end, thread,
-          [&](int64_t tap, int64_t taps, int64_t channel, int64_t channels) {
-            const int64_t inputs = geometry().in_channels;
-            gather_taps<T, NDim>(mine.samples, taps, tile.count, channels,
-                                 mine.columns + plan_.term(tap - first, channel, inputs),
-                                 plan_.columns_stride, plan_.by_offset_group ? channels : inputs);
-          });
+      const bool gathered =
+          for_each_run_of_taps(image, slot, tile, first, end, thread,
+                               [&](int64_t tap, int64_t taps, int64_t channel, int64_t channels) {
+                                 const int64_t inputs = geometry().in_channels;
+                                 gather_taps<T, NDim>(mine.samples, taps, tile.count, channels,
+                                                      mine.columns + plan_.term(tap - first, channel, inputs),
+                                                      plan_.columns_stride, plan_.tap_stride(inputs));
+                               });
       if (!gathered) return false;
       for (int64_t group = 0; group < geometry().groups; ++group)
         for (int64_t panel = 0; panel < plan_.panels.count(); ++panel) {
@@ -227,20 +227,24 @@ class ForwardRun {
     const int64_t stride = plan_.sums_stride;
     return for_each_run_of_taps(
         image, slot, tile, 0, plan_.taps, thread,
-        [&](int64_t tap, int64_t, int64_t channel, int64_t channels) {
-          const bool fresh = tap % kOutputPiece == 0,
-                     last = (tap + 1) % kOutputPiece == 0 || tap + 1 == plan_.taps;
-          const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
-          T* total = mine.sums + channel;
-          T* sums = tap < kOutputPiece ? total : total + plan_.tile_positions * stride;
-          gather<T, NDim>(*mine.samples, tile.count, channels, [&](auto, int64_t p, int64_t c, auto sample) {
-            using V = decltype(sample);
-            T* sum = sums + p * stride + c;
-            const V product = sample * load<V>(weights + c);
-            const V value = fresh ? product : load<V>(sum) + product;
-            store(sum, value);
-            if (last && sums != total) store(total + p * stride + c, load<V>(total + p * stride + c) + value);
-          });
+        [&](int64_t first, int64_t taps, int64_t channel, int64_t channels) {
+          for (int64_t tap = first; tap < first + taps; ++tap) {
+            const bool fresh = tap % kOutputPiece == 0,
+                       last = (tap + 1) % kOutputPiece == 0 || tap + 1 == plan_.taps;
+            const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
+            T* total = mine.sums + channel;
+            T* sums = tap < kOutputPiece ? total : total + plan_.tile_positions * stride;
+            gather<T, NDim>(mine.samples[tap - first], tile.count, channels,
+                            [&](auto, int64_t p, int64_t c, auto sample) {
+                              using V = decltype(sample);
+                              T* sum = sums + p * stride + c;
+                              const V product = sample * load<V>(weights + c);
+                              const V value = fresh ? product : load<V>(sum) + product;
+                              store(sum, value);
+                              if (last && sums != total)
+                                store(total + p * stride + c, load<V>(total + p * stride + c) + value);
+                            });
+          }
         });
   }
 

@@ -42,7 +42,7 @@ struct ForwardPlan : Plan<T, NDim> {
     const int64_t columns = taps * channels * 2 * kTileRows;  // of the fewest positions of a tile
     const bool whole = geometry.groups > 1 && terms <= kChunkTerms && columns <= kWholeColumns;
     chunk_taps = whole ? taps : ceiling(taps, ceiling(taps * channels, kChunkTerms));
-    taps_at_once = this->depthwise ? 1 : least(chunk_taps, kTapsAtOnce);
+    taps_at_once = least(chunk_taps, kTapsAtOnce);
     by_offset_group =
         geometry.groups == 1 && geometry.offset_groups > 1 && geometry.in_channels > 0 && chunk_taps == taps;
     columns_stride = this->depthwise ? 0 : ceiling(chunk_taps * channels, kLine) * kLine + kLine;
@@ -74,10 +74,10 @@ struct ForwardPlan : Plan<T, NDim> {
   }
   // Where a tap and an input stand among the terms of some taps, of which each has `inputs`.
   int64_t term(int64_t tap, int64_t input, int64_t inputs) const {
-    if (!by_offset_group) return tap * inputs + input;
-    const int64_t channels = this->offset_group_channels, within = input % channels;
-    return (input - within) * taps + tap * channels + within;
+    const int64_t within = by_offset_group ? input % this->offset_group_channels : input;
+    return (input - within) * taps + tap * tap_stride(inputs) + within;
   }
+  int64_t tap_stride(int64_t inputs) const { return by_offset_group ? this->offset_group_channels : inputs; }
   int64_t sums_buffers() const { return this->depthwise && taps > kOutputPiece ? 2 : 1; }
   size_t packed_elements() const {
     return (this->depthwise ? geometry.in_channels : geometry.groups * panels.padded()) * terms;

@@ -41,8 +41,9 @@ DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
 // itself.
 constexpr int64_t kAhead = 1024;
 
-// How many of M rows are reached from one pointer. The distances of more than these would not fit into the registers for
-// numbers; GCC keeps those left over in registers for vectors, and bringing one back takes the place of a multiplication.
+// How many of a tile's rows are reached from one pointer. The distances of more than these would not fit into the registers
+// for numbers; GCC keeps those left over in registers for vectors, and bringing one back takes the place of a
+// multiplication.
 constexpr int pointer_rows(int rows) { return rows > 6 ? 3 : rows; }
 
 // A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are
@@ -62,12 +63,12 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
     constexpr int kRows = pointer_rows(M), kPointers = M / kRows;
     static_assert(M % kRows == 0);
     const T* from[kPointers];
-    const auto add_terms = [&](auto kind, int64_t distance) __attribute__((always_inline)) {
+    const auto add_terms = [&](auto kind, int64_t step) __attribute__((always_inline)) {
       decltype(kind) factors[M];
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i) factors[i].read(from[i / kRows] + i % kRows * row_stride);
 #pragma GCC unroll 16
-      for (int i = 0; i < kPointers; ++i) from[i] += distance;
+      for (int i = 0; i < kPointers; ++i) from[i] += step;
 #pragma GCC unroll 16
       for (int k = 0; k < decltype(kind)::count; ++k, b += NR * N) {
         constexpr int64_t kBytes = NR * N * sizeof(T);
