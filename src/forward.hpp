@@ -15,14 +15,11 @@ void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t gro
   const int64_t width = plan.panels.width(panel), first = plan.panels.first(panel);
   const int64_t columns = least(width, plan.group_outputs - first);
   const T* from = weight + (group * plan.group_outputs + first) * plan.terms;
-  constexpr int64_t kRun = 64;
+  // Long runs: the rows are many streams, which the processor foresees only while it follows one of them.
+  constexpr int64_t kRun = 256;
   T block[kRun * 2 * kLanes<T>];
   for (int64_t start = 0, input = 0, tap = 0; start < plan.terms; start += kRun) {
     const int64_t run = least(kRun, plan.terms - start);
-    // The rows are too many streams for the processor to foresee, and may lie such that few of them fit into the
-    // nearest cache together.
-    for (int64_t column = 0; column < columns; ++column)
-      prefetch_lines<false, false>(from + column * plan.terms + start + kRun, kRun * sizeof(T));
     transpose_matrix<T>(columns, run, from + start, plan.terms, block, width);
     for (int64_t i = 0; i < run; ++i) {
       T* to = packed + plan.term(tap, input, plan.group_inputs) * width;

@@ -30,13 +30,8 @@ void transpose_matrix(int64_t rows, int64_t columns, const T* from, int64_t from
   };
   // Along the lines that lie farther apart: each page is then visited once.
   if (from_stride > to_stride) {
-    constexpr int kAhead = 4;  // blocks
     for (int64_t r = 0; r < whole_rows; r += N)
-      for (int64_t c = 0; c < whole_columns; c += N) {
-#pragma GCC unroll 16
-        for (int i = 0; i < N; ++i) prefetch_lines<true>(to + (c + kAhead * N + i) * to_stride + r, 1);
-        block(r, c);
-      }
+      for (int64_t c = 0; c < whole_columns; c += N) block(r, c);
   } else {
     for (int64_t c = 0; c < whole_columns; c += N)
       for (int64_t r = 0; r < whole_rows; r += N) block(r, c);

@@ -41,18 +41,23 @@ DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
 // itself.
 constexpr int64_t kAhead = 1024;
 
+// How much of the product that follows is asked for with each term, in bytes: a quarter of what a term has in B, with
+// vectors of 64 bytes. At the pace of the terms it would be more than memory delivers, and the terms then wait for it.
+constexpr int64_t kAfter = 32;
+
 // How many of a tile's rows are reached from one pointer. The distances of more than these would not fit into the registers
 // for numbers; GCC keeps those left over in registers for vectors, and bringing one back takes the place of a
 // multiplication.
 constexpr int pointer_rows(int rows) { return rows > 6 ? 3 : rows; }
 
 // A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are
-// added. Of B it asks for what lies `ahead` elements further on.
+// added. From `after` on it asks for kAfter bytes with each term.
 template <class T, int N, int NR, int M>
 __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_stride, Terms terms,
                                              int64_t most, const T* __restrict b, T* __restrict c,
-                                             int64_t c_stride, bool fresh, int64_t ahead) {
+                                             int64_t c_stride, bool fresh, const T* after) {
   using V = Vec<T, N>;
+  constexpr int64_t kSize = sizeof(T);
   for_each_piece(terms, most, [&](Terms piece, int64_t distance) __attribute__((always_inline)) {
     V sums[M][NR];
 #pragma GCC unroll 16
@@ -69,10 +74,12 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
       for (int i = 0; i < M; ++i) factors[i].read(from[i / kRows] + i % kRows * row_stride);
 #pragma GCC unroll 16
       for (int i = 0; i < kPointers; ++i) from[i] += step;
+      prefetch_lines<false>(after, kAfter * decltype(kind)::count);
+      after += kAfter / kSize * decltype(kind)::count;
 #pragma GCC unroll 16
       for (int k = 0; k < decltype(kind)::count; ++k, b += NR * N) {
-        constexpr int64_t kBytes = NR * N * sizeof(T);
-        if (k * kBytes % kLineBytes == 0) prefetch_lines<false>(b + ahead, kBytes);
+        constexpr int64_t kBytes = NR * N * kSize;
+        if (k * kBytes % kLineBytes == 0) prefetch_lines<false>(b + kAhead / kSize, kBytes);
         V columns[NR];
 #pragma GCC unroll 2
         for (int j = 0; j < NR; ++j) columns[j] = load<V>(b + j * N);
@@ -113,11 +120,12 @@ void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, in
   int64_t large = rows / kTileRows;
   // Rather two tiles of four rows than one of six and two of one.
   if (large > 0 && kTileRows % 4 == 2 && rows % kTileRows % 4 == 2) --large;
-  const auto tile = [&](auto count, int64_t i) {
-    const int64_t ahead =
-        next && i == (large - 1) * kTileRows ? next - b : kAhead / static_cast<int64_t>(sizeof(T));
-    multiply_tile<T, N, NR, decltype(count)::count>(a + i * row_stride, row_stride, terms, piece, b,
-                                                    c + i * c_stride, c_stride, fresh, ahead);
+  const int64_t count = terms.outer * terms.inner, share = kAfter / static_cast<int64_t>(sizeof(T)) * count;
+  const T* after = next;
+  const auto tile = [&](auto rows, int64_t i) {
+    multiply_tile<T, N, NR, decltype(rows)::count>(a + i * row_stride, row_stride, terms, piece, b,
+                                                   c + i * c_stride, c_stride, fresh, after ? after : b);
+    after = after && after + share < next + count * NR * N ? after + share : nullptr;
   };
   int64_t i = 0;
   for (; i < large * kTileRows; i += kTileRows) tile(Lanes<kTileRows>{}, i);
@@ -148,7 +156,7 @@ struct Panels {
 };
 
 // One panel of the product; `b` is the panel's packed rows for these terms. No terms: nothing is written. `next`, where
-// not null, is the `b` of the product that follows, asked for while the last rows are multiplied.
+// not null, is the `b` of the product that follows, asked for while the first rows are multiplied.
 template <class T>
 void multiply_panel(const Panels& panels, int64_t panel, int64_t rows, const T* a, int64_t row_stride,
                     Terms terms, int64_t piece, const T* b, T* c, int64_t c_stride, bool fresh,

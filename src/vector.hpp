@@ -48,14 +48,13 @@ DCN_INLINE void store(T* to, V vector) {
   __builtin_memcpy(to, &vector, sizeof vector);
 }
 
-// Asks for `bytes` from an address on, to be read or written soon; it need not be anyone's. Not kNear: into the second-
-// level cache only. Whatever does nothing but call this must be DCN_INLINE: GCC takes a function that only prefetches
-// for one without effect, and deletes its calls.
+// Asks for `bytes` from an address on, to be read or written soon; it need not be anyone's. Whatever does nothing but call
+// this must be DCN_INLINE: GCC takes a function that only prefetches for one without effect, and deletes its calls.
 constexpr int64_t kLineBytes = 64;
-template <bool kWrite, bool kNear = true>
+template <bool kWrite>
 DCN_INLINE void prefetch_lines(const void* from, int64_t bytes) {
   for (int64_t byte = 0; byte < bytes; byte += kLineBytes)
-    __builtin_prefetch(static_cast<const char*>(from) + byte, kWrite, kNear ? 3 : 2);
+    __builtin_prefetch(static_cast<const char*>(from) + byte, kWrite, 3);
 }
 
 // Subtracting zero keeps every bit, the sign of -0 too; adding it would not.
