@@ -15,7 +15,7 @@ void pack_weights(const ForwardPlan<T, NDim>& plan, const T* weight, int64_t gro
   const int64_t width = plan.panels.width(panel), first = plan.panels.first(panel);
   const int64_t columns = least(width, plan.group_outputs - first);
   const T* from = weight + (group * plan.group_outputs + first) * plan.terms;
-  // Long runs: the rows are many streams, which the processor foresees only while it follows one of them.
+  // Each row is a stream, and only of a long run does the processor foresee what comes.
   constexpr int64_t kRun = 256;
   T block[kRun * 2 * kLanes<T>];
   for (int64_t start = 0, input = 0, tap = 0; start < plan.terms; start += kRun) {
