@@ -74,8 +74,6 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
       for (int i = 0; i < M; ++i) factors[i].read(from[i / kRows] + i % kRows * row_stride);
 #pragma GCC unroll 16
       for (int i = 0; i < kPointers; ++i) from[i] += step;
-      prefetch_lines<false>(after, kAfter * decltype(kind)::count);
-      after += kAfter / kSize * decltype(kind)::count;
 #pragma GCC unroll 16
       for (int k = 0; k < decltype(kind)::count; ++k, b += NR * N) {
         constexpr int64_t kBytes = NR * N * kSize;
@@ -90,6 +88,8 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
           for (int j = 0; j < NR; ++j) sums[i][j] += value * columns[j];
         }
       }
+      prefetch_lines<false>(after, kAfter * decltype(kind)::count);
+      after += kAfter / kSize * decltype(kind)::count;
     };
     for (int64_t outer = 0; outer < piece.outer; ++outer) {
 #pragma GCC unroll 16
