@@ -37,13 +37,15 @@ DCN_INLINE void for_each_piece(Terms all, int64_t most, const Body& body) {
     }
 }
 
-// How far ahead B is asked for, in bytes: from the second-level cache it comes as fast as it is multiplied, but not by
+// How far ahead B is asked for, 1024 bytes: from the second-level cache it comes as fast as it is multiplied, but not by
 // itself.
-constexpr int64_t kAhead = 1024;
+template <class T>
+constexpr int64_t kAhead = 1024 / sizeof(T);
 
-// How much of the product that follows is asked for with each term, in bytes: a quarter of what a term has in B, with
+// How much of the product that follows is asked for with each term, 32 bytes: a quarter of what a term has in B, with
 // vectors of 64 bytes. At the pace of the terms it would be more than memory delivers, and the terms then wait for it.
-constexpr int64_t kAfter = 32;
+template <class T>
+constexpr int64_t kAfter = 32 / sizeof(T);
 
 // How many of a tile's rows are reached from one pointer. The distances of more than these would not fit into the registers
 // for numbers; GCC keeps those left over in registers for vectors, and bringing one back takes the place of a
@@ -51,13 +53,12 @@ constexpr int64_t kAfter = 32;
 constexpr int pointer_rows(int rows) { return rows > 6 ? 3 : rows; }
 
 // A tile of M rows and NR vectors of N columns, in registers. `fresh` stores the sums, otherwise they are
-// added. From `after` on it asks for kAfter bytes with each term.
+// added. From `after` on it asks for kAfter more with each term.
 template <class T, int N, int NR, int M>
 __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_stride, Terms terms,
                                              int64_t most, const T* __restrict b, T* __restrict c,
                                              int64_t c_stride, bool fresh, const T* after) {
   using V = Vec<T, N>;
-  constexpr int64_t kSize = sizeof(T);
   for_each_piece(terms, most, [&](Terms piece, int64_t distance) __attribute__((always_inline)) {
     V sums[M][NR];
 #pragma GCC unroll 16
@@ -76,8 +77,8 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
       for (int i = 0; i < kPointers; ++i) from[i] += step;
 #pragma GCC unroll 16
       for (int k = 0; k < decltype(kind)::count; ++k, b += NR * N) {
-        constexpr int64_t kBytes = NR * N * kSize;
-        if (k * kBytes % kLineBytes == 0) prefetch_lines<false>(b + kAhead / kSize, kBytes);
+        constexpr int64_t kBytes = NR * N * sizeof(T);
+        if (k * kBytes % kLineBytes == 0) prefetch_lines<false>(b + kAhead<T>, kBytes);
         V columns[NR];
 #pragma GCC unroll 2
         for (int j = 0; j < NR; ++j) columns[j] = load<V>(b + j * N);
@@ -88,8 +89,9 @@ __attribute__((noinline)) void multiply_tile(const T* __restrict a, int64_t row_
           for (int j = 0; j < NR; ++j) sums[i][j] += value * columns[j];
         }
       }
-      prefetch_lines<false>(after, kAfter * decltype(kind)::count);
-      after += kAfter / kSize * decltype(kind)::count;
+      constexpr int64_t kMore = kAfter<T> * decltype(kind)::count;
+      prefetch_lines<false>(after, kMore * sizeof(T));
+      after += kMore;
     };
     for (int64_t outer = 0; outer < piece.outer; ++outer) {
 #pragma GCC unroll 16
@@ -120,12 +122,12 @@ void multiply_rows(int64_t rows, const T* a, int64_t row_stride, Terms terms, in
   int64_t large = rows / kTileRows;
   // Rather two tiles of four rows than one of six and two of one.
   if (large > 0 && kTileRows % 4 == 2 && rows % kTileRows % 4 == 2) --large;
-  const int64_t count = terms.outer * terms.inner, share = kAfter / static_cast<int64_t>(sizeof(T)) * count;
-  const T* after = next;
-  const auto tile = [&](auto rows, int64_t i) {
-    multiply_tile<T, N, NR, decltype(rows)::count>(a + i * row_stride, row_stride, terms, piece, b,
-                                                   c + i * c_stride, c_stride, fresh, after ? after : b);
-    after = after && after + share < next + count * NR * N ? after + share : nullptr;
+  const int64_t all = terms.outer * terms.inner;
+  const T* after = next;  // null once all of it was asked for
+  const auto tile = [&](auto count, int64_t i) {
+    multiply_tile<T, N, NR, decltype(count)::count>(a + i * row_stride, row_stride, terms, piece, b,
+                                                    c + i * c_stride, c_stride, fresh, after ? after : b);
+    if (after && (after += kAfter<T> * all) >= next + all * NR * N) after = nullptr;
   };
   int64_t i = 0;
   for (; i < large * kTileRows; i += kTileRows) tile(Lanes<kTileRows>{}, i);

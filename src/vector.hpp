@@ -54,7 +54,7 @@ constexpr int64_t kLineBytes = 64;
 template <bool kWrite>
 DCN_INLINE void prefetch_lines(const void* from, int64_t bytes) {
   for (int64_t byte = 0; byte < bytes; byte += kLineBytes)
-    __builtin_prefetch(static_cast<const char*>(from) + byte, kWrite, 3);
+    __builtin_prefetch(static_cast<const char*>(from) + byte, kWrite);
 }
 
 // Subtracting zero keeps every bit, the sign of -0 too; adding it would not.
