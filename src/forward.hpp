@@ -196,7 +196,7 @@ class ForwardRun {
     const T* columns = mine.columns + group * inputs;
     T* sums = mine.sums + group * panels.padded() + panels.first(panel);
     multiply_panel<T>(panels, panel, positions, columns, plan_.columns_stride,
-                      Terms{taps, geometry().in_channels, inputs, 1}, kOutputPiece,
+                      Terms{taps, geometry().in_channels, inputs, 1}, plan_.piece,
                       weights_of(group, panel, first_tap), sums, plan_.sums_stride, first_tap == 0,
                       weights_after(group, panel, first_tap, taps));
   }
@@ -226,11 +226,11 @@ class ForwardRun {
         image, slot, tile, 0, plan_.taps, thread,
         [&](int64_t first, int64_t taps, int64_t channel, int64_t channels) {
           for (int64_t tap = first; tap < first + taps; ++tap) {
-            const bool fresh = tap % kOutputPiece == 0,
-                       last = (tap + 1) % kOutputPiece == 0 || tap + 1 == plan_.taps;
+            const bool fresh = tap % plan_.piece == 0,
+                       last = (tap + 1) % plan_.piece == 0 || tap + 1 == plan_.taps;
             const T* weights = buffers_.weights + tap * geometry().in_channels + channel;
             T* total = mine.sums + channel;
-            T* sums = tap < kOutputPiece ? total : total + plan_.tile_positions * stride;
+            T* sums = tap < plan_.piece ? total : total + plan_.tile_positions * stride;
             gather<T, NDim>(mine.samples[tap - first], tile.count, channels,
                             [&](auto, int64_t p, int64_t c, auto sample) {
                               using V = decltype(sample);

@@ -15,6 +15,7 @@ struct ForwardPlan : Plan<T, NDim> {
   Images<T, NDim> x;
   Panels panels;         // of the outputs of a weight group
   int64_t terms;         // of one output: taps x inputs of its group
+  int64_t piece;         // the most of them in one running sum
   int64_t chunk_taps;    // taps gathered before they are multiplied
   int64_t taps_at_once;  // taps located before they are gathered
   // The order of terms: [offset group][tap][input] instead of [tap][input]. What the taps of an offset group write then
@@ -35,6 +36,7 @@ struct ForwardPlan : Plan<T, NDim> {
     constexpr int64_t kLine = 64 / sizeof(T), kChunkTerms = 2304 / sizeof(T), kColumnsBytes = 400 << 10,
                       kTapsAtOnce = 9;
     terms = taps * this->group_inputs;
+    piece = output_piece(terms);
     const int64_t channels = geometry.in_channels > 0 ? geometry.in_channels : 1;
     // Small weight groups are multiplied in one go: their sums are loaded and stored once. That pays also where columns
     // then outgrow the second-level cache, but they may not take memory without end.
@@ -78,7 +80,7 @@ struct ForwardPlan : Plan<T, NDim> {
     return (input - within) * taps + tap * tap_stride(inputs) + within;
   }
   int64_t tap_stride(int64_t inputs) const { return by_offset_group ? this->offset_group_channels : inputs; }
-  int64_t sums_buffers() const { return this->depthwise && taps > kOutputPiece ? 2 : 1; }
+  int64_t sums_buffers() const { return this->depthwise && taps > piece ? 2 : 1; }
   size_t packed_elements() const {
     return (this->depthwise ? geometry.in_channels : geometry.groups * panels.padded()) * terms;
   }

@@ -11,8 +11,13 @@
 
 namespace dcn::DCN_ISA {
 
-// The most terms in one running sum. Half as many in y cost 2 % and halve its error.
-constexpr int64_t kPiece = 256, kOutputPiece = 128;
+// The most terms in one running sum.
+constexpr int64_t kPiece = 256;
+
+// The same for an element of y with so many terms in all. Where terms have one sign a piece's error is about the root of
+// its length, and errors of pieces average out: half as long where there are few. With 512 terms, pieces of 256 do not err
+// more than a single one of 128, and shorter ones would cost 1 to 2 %.
+constexpr int64_t output_piece(int64_t terms) { return terms < 2 * kPiece ? kPiece / 2 : kPiece; }
 
 // One run of k: `outer` stretches of `inner` terms. (taps x channels of a weight group, or one stretch of
 // positions.)
