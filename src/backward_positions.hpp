@@ -92,15 +92,18 @@ class PositionPass : public BackwardRound<T, NDim> {
     locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved, x_of(slot, block), buffers_.zeros,
                    grad_x_of(slot, block), mine.nowhere, *mine.corners);
     T* dots = plan_.grads_at_positions ? dots_of(slot, index, tap, at) : nullptr;
-    const auto pass = [&](int64_t channels) __attribute__((always_inline)) {
-      if (!plan_.grads_at_positions)
-        scatter_and_dot<T, NDim, false, true>(*mine.corners, tile.count, channels, gradient, dots);
-      else if (!plan_.grads_at_x)
-        scatter_and_dot<T, NDim, true, false>(*mine.corners, tile.count, channels, gradient, dots);
-      else
-        scatter_and_dot<T, NDim, true, true>(*mine.corners, tile.count, channels, gradient, dots);
-    };
-    with_channels<T>(block.count, pass);
+    with_lanes<T>(mine.corners->narrow, [&](auto lanes) {
+      using Distance = typename decltype(lanes)::Distance;
+      const auto pass = [&](int64_t channels) __attribute__((always_inline)) {
+        if (!plan_.grads_at_positions)
+          scatter_and_dot<Distance, false, true>(*mine.corners, tile.count, channels, gradient, dots);
+        else if (!plan_.grads_at_x)
+          scatter_and_dot<Distance, true, false>(*mine.corners, tile.count, channels, gradient, dots);
+        else
+          scatter_and_dot<Distance, true, true>(*mine.corners, tile.count, channels, gradient, dots);
+      };
+      with_channels<T>(block.count, pass);
+    });
   }
 
   bool combine(int64_t first, int64_t count) {
@@ -124,7 +127,7 @@ class PositionPass : public BackwardRound<T, NDim> {
     const Displacement<T, NDim> gradients(arguments_.grad_offset, arguments_.grad_mask, arguments_.positions,
                                           plan_.taps, first_image_ + slot, group, geometry().offset_groups);
     gradients.expect_writes(tap.index + 1, tile.first, tile.count);
-    with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry()), [&](auto lanes) {
+    with_lanes<T>(fits_narrow_lanes<NDim>(geometry()), [&](auto lanes) {
       using L = decltype(lanes);
       const TapNumbers<T, NDim> numbers(moved, tap.index, tile.first);
       for (int64_t p = 0; p < tile.count; p += L::count) {

@@ -6,7 +6,7 @@
 namespace dcn::DCN_ISA {
 
 // Calls body(Lanes, channel, sample) for every vector of channels of a position.
-template <class T, int NDim, class Body>
+template <class Distance, class T, int NDim, class Body>
 DCN_INLINE void gather_position(const Samples<T, NDim>& samples, int64_t p, int64_t channels,
                                 const Body& body) {
   constexpr int n = kCorners<NDim>;
@@ -14,7 +14,7 @@ DCN_INLINE void gather_position(const Samples<T, NDim>& samples, int64_t p, int6
   T weight[n];
 #pragma GCC unroll 8
   for (int j = 0; j < n; ++j) {
-    corner[j] = reinterpret_cast<const T*>(samples.address[j][p]);
+    corner[j] = reinterpret_cast<const T*>(samples.x + samples.read.template of<Distance>(j)[p]);
     weight[j] = samples.weight[j][p];
   }
   for_each_vector<T>(channels, [&](auto lanes, int64_t c) {
@@ -30,9 +30,11 @@ DCN_INLINE void gather_position(const Samples<T, NDim>& samples, int64_t p, int6
 template <class T, int NDim, class Body>
 DCN_INLINE void gather(const Samples<T, NDim>& samples, int64_t positions, int64_t channels,
                        const Body& body) {
-  for (int64_t p = 0; p < positions; ++p)
-    gather_position<T, NDim>(samples, p, channels,
-                             [&](auto lanes, int64_t c, auto sample) { body(lanes, p, c, sample); });
+  with_lanes<T>(samples.narrow, [&](auto located) __attribute__((always_inline)) {
+    for (int64_t p = 0; p < positions; ++p)
+      gather_position<typename decltype(located)::Distance>(
+          samples, p, channels, [&](auto lanes, int64_t c, auto sample) { body(lanes, p, c, sample); });
+  });
 }
 
 // The most channels that the backward pass takes at once. What it finds about positions serves a whole block, whatever
@@ -66,18 +68,20 @@ template <class T, int NDim>
 void gather_taps(const Samples<T, NDim>* samples, int64_t taps, int64_t positions, int64_t channels, T* to,
                  int64_t position_stride, int64_t tap_stride) {
   with_channels<T>(channels, [&](int64_t channels) __attribute__((always_inline)) {
-    for (int64_t p = 0; p < positions; ++p)
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        T* column = to + p * position_stride + tap * tap_stride;
-        gather_position<T, NDim>(samples[tap], p, channels,
-                                 [&](auto, int64_t c, auto sample) { store(column + c, sample); });
-      }
+    with_lanes<T>(samples[0].narrow, [&](auto located) __attribute__((always_inline)) {
+      for (int64_t p = 0; p < positions; ++p)
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          T* column = to + p * position_stride + tap * tap_stride;
+          gather_position<typename decltype(located)::Distance>(
+              samples[tap], p, channels, [&](auto, int64_t c, auto sample) { store(column + c, sample); });
+        }
+    });
   });
 }
 
 // For every position: dots[corner] = <grad_columns, corner of x> and grad_x[corner] += weight * grad_columns,
 // in one pass over the channels. gradient(Lanes, position, channel) is a vector of grad_columns.
-template <class T, int NDim, bool kDots, bool kScatter, class Gradient>
+template <class Distance, bool kDots, bool kScatter, class T, int NDim, class Gradient>
 DCN_INLINE void scatter_and_dot(const BackwardSamples<T, NDim>& samples, int64_t positions, int64_t channels,
                                 const Gradient& gradient, T* dots) {
   constexpr int n = kCorners<NDim>, whole = kLanes<T>;
@@ -87,8 +91,8 @@ DCN_INLINE void scatter_and_dot(const BackwardSamples<T, NDim>& samples, int64_t
     T weight[n];
 #pragma GCC unroll 8
     for (int j = 0; j < n; ++j) {
-      read[j] = reinterpret_cast<const T*>(samples.read[j][p]);
-      scatter[j] = reinterpret_cast<T*>(samples.scatter[j][p]);
+      read[j] = reinterpret_cast<const T*>(samples.x + samples.read.template of<Distance>(j)[p]);
+      scatter[j] = reinterpret_cast<T*>(samples.grad_x + samples.scatter.template of<Distance>(j)[p]);
       weight[j] = samples.weight[j][p];
     }
     const auto step = [&](auto lanes, int64_t c, auto(&products)[n]) {

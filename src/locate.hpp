@@ -1,8 +1,8 @@
 // Locate: where every tap of a tile of positions samples, vectorised along positions.
 //
-// What follows is vectorised along channels (columns.hpp). Between them stands Samples: for each position the address and
-// the weight of every corner. A corner that must not be read has the address of a row of zeros, so that the loops over
-// channels have no branches.
+// What follows is vectorised along channels (columns.hpp). Between them stands Samples: for each position the place and the
+// weight of every corner. A corner that must not be read has the place of a row of zeros, so that the loops over channels
+// have no branches.
 #pragma once
 
 #include "arrays.hpp"
@@ -192,14 +192,41 @@ template <int NDim>
 struct Pixels {
   char* data;
   int64_t axis[NDim];
+
+  DCN_INLINE int64_t distance_to(const void* address) const {
+    return reinterpret_cast<int64_t>(address) - reinterpret_cast<int64_t>(data);
+  }
 };
 
-// What gather() reads and scatter() writes, corner by corner. Addresses are integers, for the sake of
-// vectors.
+// Where the pixel of each corner lies, in bytes from where Pixels begin: narrow lanes leave 32 bits, which needs half the
+// stores, and no vector is widened.
+template <int NDim>
+struct Distances {
+  union {
+    int32_t narrow[kCorners<NDim>][kTilePositions];
+    int64_t wide[kCorners<NDim>][kTilePositions];
+  };
+
+  template <class Distance>
+  DCN_INLINE Distance* of(int corner) {
+    return const_cast<Distance*>(static_cast<const Distances*>(this)->of<Distance>(corner));
+  }
+  template <class Distance>
+  DCN_INLINE const Distance* of(int corner) const {
+    if constexpr (sizeof(Distance) == sizeof(int32_t))
+      return narrow[corner];
+    else
+      return wide[corner];
+  }
+};
+
+// What gather() reads, corner by corner. Whole cache lines first, here and below.
 template <class T, int NDim>
 struct Samples {
-  int64_t address[kCorners<NDim>][kTilePositions];
+  Distances<NDim> read;
   T weight[kCorners<NDim>][kTilePositions];
+  const char* x;
+  bool narrow;
 };
 
 // The axes of L::count positions of a tile, from `p` on.
@@ -217,36 +244,31 @@ DCN_INLINE void locate(const Geometry& geometry, const Tile<NDim>& tile, const T
 }
 
 // The pixels of the corners of cells, and what stands in for a pixel that must not be touched. Holds copies, for a
-// compiler must take it that addresses which are stored may be what it was given.
+// compiler must take it that distances which are stored may be what it was given.
 template <class L, int NDim>
 struct CornerPixels {
   using Index = typename L::Index;
-  Index cell = {};  // distance of the first corner in bytes
+  Index cell = {};  // distance of the first corner
   Pixels<NDim> pixels;
-  int64_t nothing;  // an address
+  Index nothing;
 
   DCN_INLINE CornerPixels(const AxisSample<L> (&axes)[NDim], const Pixels<NDim>& pixels, const void* nothing)
-      : pixels(pixels), nothing(reinterpret_cast<int64_t>(nothing)) {
+      : pixels(pixels), nothing(L::index(pixels.distance_to(nothing))) {
     for (int axis = 0; axis < NDim; ++axis) cell += axes[axis].cell * L::index(pixels.axis[axis]);
   }
-  // Writes the address of a corner's pixel for each position; where it is not `readable` that of `nothing`.
-  DCN_INLINE void store_addresses(int corner, typename L::Mask readable, int64_t* to) const {
+  // Where a corner's pixel lies; where it is not `usable`, where `nothing` does.
+  DCN_INLINE Index distances(int corner, typename L::Mask usable) const {
     int64_t from_cell = 0;
     for (int axis = 0; axis < NDim; ++axis)
       if (corner_bit<NDim>(corner, axis)) from_cell += pixels.axis[axis];
-    const Index distance = cell + L::index(from_cell);
-    const int64_t data = reinterpret_cast<int64_t>(pixels.data), to_nothing = nothing - data;
-    if constexpr (L::kNarrow) {
-      const bool near = to_nothing >= INT32_MIN && to_nothing <= INT32_MAX;
-      if (!near) return store_sums<L::count>(distance, data, to, readable, nothing);
-    }
-    store_sums<L::count>(L::select(readable, distance, L::index(to_nothing)), data, to);
+    return L::select(usable, cell + L::index(from_cell), nothing);
   }
 };
 
-// Whether 32-bit indices hold every position on the rigid grid and, with `pixels`, reach every pixel.
-template <class T, int NDim>
-bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {}) {
+// Whether 32-bit indices hold every position on the rigid grid and, with `pixels`, reach every pixel and `nothing`.
+template <int NDim>
+bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {},
+                       const void* nothing = nullptr) {
   constexpr double kMost = 536870912.0;  // 2^29
   double span = 0;
   for (int axis = 0; axis < NDim; ++axis) {
@@ -258,7 +280,8 @@ bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {}
     span += (static_cast<double>(geometry.input[axis]) + 2) * (step < 0 ? -step : step);
     if (base >= kMost || static_cast<double>(geometry.input[axis]) >= kMost) return false;
   }
-  return span < 2 * kMost;
+  const int64_t to_nothing = pixels.distance_to(nothing);
+  return span < 2 * kMost && to_nothing >= INT32_MIN && to_nothing <= INT32_MAX;
 }
 
 // Calls body(lanes) with the lanes to locate with.
@@ -292,9 +315,10 @@ struct SlabFinder {
   DCN_INLINE explicit SlabFinder(int64_t extent)
       : extent(extent), low(L::index(extent)), high(L::index(-2)) {}
   DCN_INLINE void add(const AxisSample<L>& axis) {
-    const auto supported = axis.inside[0] | axis.inside[1];
-    low = L::select(supported & (axis.cell < low), axis.cell, low);
-    high = L::select(supported & (axis.cell > high), axis.cell, high);
+    const auto first = L::select(axis.supported, axis.cell, L::index(extent)),
+               last = L::select(axis.supported, axis.cell, L::index(-2));
+    low = first < low ? first : low;
+    high = last > high ? last : high;
   }
   Slab found() const {
     Slab slab = {low[0], high[0]};
@@ -312,7 +336,9 @@ template <class T, int NDim>
 Slab locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
                    const Displacement<T, NDim>& moved, const Pixels<NDim>& pixels, const void* zeros,
                    Samples<T, NDim>& samples) {
-  return with_lanes<T>(fits_narrow_lanes<T, NDim>(geometry, pixels), [&](auto lanes) {
+  samples.narrow = fits_narrow_lanes(geometry, pixels, zeros);
+  samples.x = pixels.data;
+  return with_lanes<T>(samples.narrow, [&](auto lanes) {
     using L = decltype(lanes);
     const TapNumbers<T, NDim> numbers(moved, tap.index, tile.first);
     SlabFinder<L> slab(geometry.input[0]);
@@ -326,7 +352,7 @@ Slab locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<N
       for (int corner = 0; corner < kCorners<NDim>; ++corner) {
         typename L::Mask used;
         store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
-        corners.store_addresses(corner, used, &samples.address[corner][p]);
+        store(samples.read.template of<typename L::Distance>(corner) + p, corners.distances(corner, used));
       }
     }
     return slab.found();
@@ -335,22 +361,27 @@ Slab locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<N
 
 // What the backward pass needs of a corner: the pixel to read for its dot product, which is the real pixel of
 // every corner inside the image also where its weight is 0 (the derivative sees it), and the pixel of grad_x
-// that receives weight x grad_columns, which a corner of weight 0 never does: its address is then that of a
-// row nobody reads.
+// that receives weight x grad_columns, which a corner of weight 0 never does: it then goes to a row nobody
+// reads.
 template <class T, int NDim>
 struct BackwardSamples {
-  int64_t read[kCorners<NDim>][kTilePositions];
-  int64_t scatter[kCorners<NDim>][kTilePositions];
+  Distances<NDim> read, scatter;
   T weight[kCorners<NDim>][kTilePositions];
+  const char* x;
+  char* grad_x;
+  bool narrow;
 };
 
 template <class T, int NDim>
 void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
                     const Displacement<T, NDim>& moved, const Pixels<NDim>& x, const void* zeros,
                     const Pixels<NDim>& grad_x, const void* nowhere, BackwardSamples<T, NDim>& samples) {
-  const bool narrow = fits_narrow_lanes<T, NDim>(geometry, x) && fits_narrow_lanes<T, NDim>(geometry, grad_x);
-  with_lanes<T>(narrow, [&](auto lanes) {
+  samples.narrow = fits_narrow_lanes(geometry, x, zeros) && fits_narrow_lanes(geometry, grad_x, nowhere);
+  samples.x = x.data;
+  samples.grad_x = grad_x.data;
+  with_lanes<T>(samples.narrow, [&](auto lanes) {
     using L = decltype(lanes);
+    using Distance = typename L::Distance;
     const TapNumbers<T, NDim> numbers(moved, tap.index, tile.first);
     for (int64_t p = 0; p < tile.count; p += L::count) {
       AxisSample<L> axes[NDim];
@@ -362,8 +393,8 @@ void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<
         typename L::Mask used;
         store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
         const auto readable = corner_inside<L, NDim>(axes, corner);
-        of_x.store_addresses(corner, readable, &samples.read[corner][p]);
-        of_grad_x.store_addresses(corner, used, &samples.scatter[corner][p]);
+        store(samples.read.template of<Distance>(corner) + p, of_x.distances(corner, readable));
+        store(samples.scatter.template of<Distance>(corner) + p, of_grad_x.distances(corner, used));
       }
     }
   });

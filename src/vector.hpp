@@ -4,7 +4,9 @@
 // the last channels of a row go through the same code as full vectors.
 #pragma once
 
-#include "platform.hpp"
+#include <type_traits>
+
+#include "sampling.hpp"
 
 namespace dcn::DCN_ISA {
 
@@ -110,6 +112,9 @@ DCN_INLINE To convert(From value) {
   return __builtin_convertvector(value, To);
 }
 
+DCN_INLINE float rounded_down(float value) { return __builtin_floorf(value); }
+DCN_INLINE double rounded_down(double value) { return __builtin_floor(value); }
+
 // The number types of sampling.hpp for N positions at once. Comparing reals gives masks as wide as the reals,
 // comparing indices masks as wide as the indices: widen and narrow go between the two.
 template <class T, class I, int N>
@@ -117,6 +122,7 @@ struct LanesOf {
   static constexpr int count = N;
   static constexpr bool kNarrow = sizeof(I) == 4;
   using Element = T;
+  using Distance = I;
   using Real = Vec<T, N>;
   using Index = Vec<I, N>;
   using Mask = Index;
@@ -126,6 +132,21 @@ struct LanesOf {
   static DCN_INLINE Real real(double value) { return broadcast<Real>(static_cast<T>(value)); }
   static DCN_INLINE Index index(int64_t value) { return static_cast<I>(value) - Index{}; }
   static DCN_INLINE Real truncate(Real value) { return convert<Real>(convert<Vec<int32_t, N>>(value)); }
+  static DCN_INLINE Real floor(Real value) {
+#if defined(__SSE4_1__) || defined(__aarch64__)
+    T numbers[N];
+    store(numbers, value);
+    for (int i = 0; i < N; ++i) numbers[i] = rounded_down(numbers[i]);
+    return load<Real>(numbers);
+#else
+    return floor_by_conversion<LanesOf>(value);
+#endif
+  }
+  // Whether 0 <= value < count. Without a sign that is one comparison.
+  static DCN_INLINE Mask within(Index value, int64_t count) {
+    using Unsigned = Vec<std::make_unsigned_t<I>, N>;
+    return reinterpret_cast<Unsigned>(value) < reinterpret_cast<Unsigned>(index(count));
+  }
   static DCN_INLINE Index index_of(Real value) { return convert<Index>(convert<Vec<int32_t, N>>(value)); }
   static DCN_INLINE Mask widen(RealMask mask) { return convert<Mask>(mask); }
   static DCN_INLINE RealMask narrow(Mask mask) { return convert<RealMask>(mask); }
@@ -174,42 +195,6 @@ template <int... I>
 struct CountTo<0, I...> {
   using type = Indices<I...>;
 };
-
-// Each number beside its sign, which makes it twice as wide: the half of the lanes from `first` on.
-template <int N, int... I>
-DCN_INLINE Vec<int64_t, N / 2> widened_half(Vec<int32_t, N> values, int first, Indices<I...>) {
-  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
-  const auto signs = values >> 31;
-  const auto half = first ? __builtin_shufflevector(values, signs, (I % 2 * N + N / 2 + I / 2)...)
-                          : __builtin_shufflevector(values, signs, (I % 2 * N + I / 2)...);
-  return load<Vec<int64_t, N / 2>>(&half);
-}
-template <int N>
-DCN_INLINE Vec<int64_t, N / 2> widened_half(Vec<int32_t, N> values, int first) {
-  return widened_half<N>(values, first, typename CountTo<N>::type{});
-}
-
-// Writes addend + values[i], and `otherwise` where there is a mask and it is not set. In vectors as wide as a register:
-// GCC takes conversions into wider ones apart, and puts a scalar for them together in memory, lane by lane.
-template <int N>
-DCN_INLINE void store_sums(Vec<int64_t, N> values, int64_t addend, int64_t* to) {
-  store(to, values + broadcast<Vec<int64_t, N>>(addend));
-}
-template <int N>
-DCN_INLINE void store_sums(Vec<int32_t, N> values, int64_t addend, int64_t* to) {
-#pragma GCC unroll 2
-  for (int first = 0; first < N; first += N / 2)
-    store_sums<N / 2>(widened_half<N>(values, first), addend, to + first);
-}
-template <int N>
-DCN_INLINE void store_sums(Vec<int32_t, N> values, int64_t addend, int64_t* to, Vec<int32_t, N> mask,
-                           int64_t otherwise) {
-#pragma GCC unroll 2
-  for (int first = 0; first < N; first += N / 2) {
-    const auto sum = widened_half<N>(values, first) + broadcast<Vec<int64_t, N / 2>>(addend - otherwise);
-    store_sums<N / 2>(sum & widened_half<N>(mask, first), otherwise, to + first);
-  }
-}
 
 // One step of a transposition by blocks: swaps the upper right and lower left blocks of size D in the pair of
 // rows.

@@ -2,8 +2,8 @@
 // positions) and the GPU.
 //
 // `Lanes` says what a number is: Lanes::Real, ::Int32, ::Int64 and the masks their comparisons give
-// (::RealMask, ::Mask), vectors on a CPU and scalars on a GPU, with Lanes::select(), convert(), widen() and
-// narrow() beside them.
+// (::RealMask, ::Mask), vectors on a CPU and scalars on a GPU, with Lanes::select(), floor(), widen() and so on
+// beside them.
 //
 // The rule (docs/semantics.md): linear interpolation with zeros outside; support is the open box (-1,
 // extent). The integer part of a coordinate is an integer and the fraction comes from the offset alone, so
@@ -20,8 +20,20 @@ struct AxisSample {
   typename Lanes::Index cell;      // the lower neighbour, 0 where the coordinate is outside
   typename Lanes::Real weight[2];  // of the lower and the upper neighbour, 0 where that is outside the image
   typename Lanes::Mask inside[2];  // whether each neighbour is in the image, for a coordinate in the support
+  typename Lanes::Mask supported;  // inside[0] | inside[1]; as a comparison, for GCC unites masks bit by bit
   typename Lanes::RealMask is_nan;
 };
+
+// The floor, for lanes that have no instruction for it. What is too large to convert comes back as it is.
+template <class Lanes>
+DCN_INLINE typename Lanes::Real floor_by_conversion(typename Lanes::Real value) {
+  using Real = typename Lanes::Real;
+  const Real limit = Lanes::real(Lanes::kLimit), zero = {};
+  const auto small = (value > -limit) & (value < limit);
+  const Real truncated = Lanes::truncate(Lanes::select(small, value, zero));
+  const Real floor = Lanes::select(truncated > value, truncated - Lanes::real(1), truncated);
+  return Lanes::select(small, floor, value);
+}
 
 // base: the tap's position on the rigid grid. No value of `offset` can make `cell` leave [-1, extent).
 template <class Lanes>
@@ -33,12 +45,10 @@ DCN_INLINE AxisSample<Lanes> locate_axis(typename Lanes::Real offset, typename L
   const Real limit = Lanes::real(Lanes::kLimit);
 
   // Refused in floating point, before any conversion: NaN, infinities and what is too large to convert.
-  auto in_range = (offset > -limit) & (offset < limit);
-  const Real safe = Lanes::select(in_range, offset, zero);
-  const Real truncated = Lanes::truncate(safe);
-  Real floor = Lanes::select(truncated > safe, truncated - Lanes::real(1), truncated);
-  in_range = in_range & (floor > -limit);
-  Real fraction = safe - floor;
+  Real floor = Lanes::floor(offset);
+  const auto in_range = (floor > -limit) & (floor < limit);
+  floor = Lanes::select(in_range, floor, zero);
+  Real fraction = offset - floor;
   // A tiny negative offset: the fraction was rounded up to the next cell.
   const auto carry = fraction >= Lanes::real(1);
   fraction = Lanes::select(carry, zero, fraction);
@@ -46,10 +56,12 @@ DCN_INLINE AxisSample<Lanes> locate_axis(typename Lanes::Real offset, typename L
 
   AxisSample<Lanes> sample;
   const Index cell = base + Lanes::index_of(floor);
-  const auto inside = (cell >= Lanes::index(-1)) & (cell < Lanes::index(extent)) & Lanes::widen(in_range);
-  sample.cell = Lanes::select(inside, cell, Index{});
-  sample.inside[0] = inside & (cell >= Lanes::index(0));
-  sample.inside[1] = inside & (cell < Lanes::index(extent - 1));
+  const auto valid = Lanes::widen(in_range);
+  const Index upper = cell + Lanes::index(1);
+  sample.inside[0] = valid & Lanes::within(cell, extent);
+  sample.inside[1] = valid & Lanes::within(upper, extent);
+  sample.supported = valid & Lanes::within(upper, extent + 1);
+  sample.cell = Lanes::select(sample.supported, cell, Index{});
   sample.weight[0] = Lanes::select(Lanes::narrow(sample.inside[0]), Lanes::real(1) - fraction, zero);
   sample.weight[1] = Lanes::select(Lanes::narrow(sample.inside[1]), fraction, zero);
   sample.is_nan = offset != offset;
@@ -118,9 +130,8 @@ DCN_INLINE PositionGradients<Lanes, NDim> position_gradients(const AxisSample<La
   using Real = typename Lanes::Real;
   const Real zero = {};
   const auto nan = any_nan<Lanes, NDim>(axes);
-  auto supported = axes[0].inside[0] | axes[0].inside[1];
-  for (int axis = 1; axis < NDim; ++axis)
-    supported = supported & (axes[axis].inside[0] | axes[axis].inside[1]);
+  auto supported = axes[0].supported;
+  for (int axis = 1; axis < NDim; ++axis) supported = supported & axes[axis].supported;
 
   // sum over corners of weight x dot, where the weight is not 0 and the corner is in the image
   const auto weighted = [&](int corner, Real weight) {

@@ -69,6 +69,8 @@ struct ScalarLanes {
   static DCN_INLINE Real real(double value) { return static_cast<T>(value); }
   static DCN_INLINE Index index(int64_t value) { return value; }
   static DCN_INLINE Real truncate(Real value) { return static_cast<T>(static_cast<int32_t>(value)); }
+  static DCN_INLINE Real floor(Real value) { return floor_by_conversion<ScalarLanes>(value); }
+  static DCN_INLINE Mask within(Index value, int64_t count) { return value >= 0 && value < count; }
   static DCN_INLINE Index index_of(Real value) { return static_cast<int32_t>(value); }
   static DCN_INLINE Mask widen(RealMask mask) { return mask; }
   static DCN_INLINE RealMask narrow(Mask mask) { return mask; }
