@@ -92,8 +92,8 @@ class PositionPass : public BackwardRound<T, NDim> {
     locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved, x_of(slot, block), buffers_.zeros,
                    grad_x_of(slot, block), mine.nowhere, *mine.corners);
     T* dots = plan_.grads_at_positions ? dots_of(slot, index, tap, at) : nullptr;
-    with_lanes<T>(mine.corners->narrow, [&](auto lanes) {
-      using Distance = typename decltype(lanes)::Distance;
+    with_distance<T>(mine.corners->near, [&](auto distance) {
+      using Distance = decltype(distance);
       const auto pass = [&](int64_t channels) __attribute__((always_inline)) {
         if (!plan_.grads_at_positions)
           scatter_and_dot<Distance, false, true>(*mine.corners, tile.count, channels, gradient, dots);

@@ -196,10 +196,14 @@ struct Pixels {
   DCN_INLINE int64_t distance_to(const void* address) const {
     return reinterpret_cast<int64_t>(address) - reinterpret_cast<int64_t>(data);
   }
+  bool is_near(const void* address) const {
+    const int64_t distance = distance_to(address);
+    return distance >= INT32_MIN && distance <= INT32_MAX;
+  }
 };
 
-// Where the pixel of each corner lies, in bytes from where Pixels begin: narrow lanes leave 32 bits, which needs half the
-// stores, and no vector is widened.
+// Where the pixel of each corner lies, in bytes from where Pixels begin. In 32 bits where they do: that is half as much to
+// store, and no vector is widened.
 template <int NDim>
 struct Distances {
   union {
@@ -226,7 +230,7 @@ struct Samples {
   Distances<NDim> read;
   T weight[kCorners<NDim>][kTilePositions];
   const char* x;
-  bool narrow;
+  bool near;  // distances have 32 bits
 };
 
 // The axes of L::count positions of a tile, from `p` on.
@@ -250,25 +254,29 @@ struct CornerPixels {
   using Index = typename L::Index;
   Index cell = {};  // distance of the first corner
   Pixels<NDim> pixels;
-  Index nothing;
+  int64_t nothing;  // its distance
 
   DCN_INLINE CornerPixels(const AxisSample<L> (&axes)[NDim], const Pixels<NDim>& pixels, const void* nothing)
-      : pixels(pixels), nothing(L::index(pixels.distance_to(nothing))) {
+      : pixels(pixels), nothing(pixels.distance_to(nothing)) {
     for (int axis = 0; axis < NDim; ++axis) cell += axes[axis].cell * L::index(pixels.axis[axis]);
   }
-  // Where a corner's pixel lies; where it is not `usable`, where `nothing` does.
-  DCN_INLINE Index distances(int corner, typename L::Mask usable) const {
+  // Writes where a corner's pixel lies; where it is not `usable`, where `nothing` does.
+  template <class Distance>
+  DCN_INLINE void store_distances(int corner, typename L::Mask usable, Distance* to) const {
     int64_t from_cell = 0;
     for (int axis = 0; axis < NDim; ++axis)
       if (corner_bit<NDim>(corner, axis)) from_cell += pixels.axis[axis];
-    return L::select(usable, cell + L::index(from_cell), nothing);
+    const Index distance = cell + L::index(from_cell);
+    if constexpr (sizeof distance == L::count * sizeof(Distance))
+      store(to, L::select(usable, distance, L::index(nothing)));
+    else
+      store_widened<L::count>(distance, usable, nothing, to);
   }
 };
 
-// Whether 32-bit indices hold every position on the rigid grid and, with `pixels`, reach every pixel and `nothing`.
+// Whether 32-bit indices hold every position on the rigid grid and, with `pixels`, reach every pixel.
 template <int NDim>
-bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {},
-                       const void* nothing = nullptr) {
+bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {}) {
   constexpr double kMost = 536870912.0;  // 2^29
   double span = 0;
   for (int axis = 0; axis < NDim; ++axis) {
@@ -280,8 +288,7 @@ bool fits_narrow_lanes(const Geometry& geometry, const Pixels<NDim>& pixels = {}
     span += (static_cast<double>(geometry.input[axis]) + 2) * (step < 0 ? -step : step);
     if (base >= kMost || static_cast<double>(geometry.input[axis]) >= kMost) return false;
   }
-  const int64_t to_nothing = pixels.distance_to(nothing);
-  return span < 2 * kMost && to_nothing >= INT32_MIN && to_nothing <= INT32_MAX;
+  return span < 2 * kMost;
 }
 
 // Calls body(lanes) with the lanes to locate with.
@@ -291,6 +298,26 @@ DCN_INLINE auto with_lanes(bool narrow, const Body& body) {
     if (narrow) return body(NarrowLanes{});
   }
   return body(WideLanes<T>{});
+}
+
+// Calls body(distance) with a number of the type of distances.
+template <class T, class Body>
+DCN_INLINE auto with_distance(bool near, const Body& body) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (near) return body(int32_t{});
+  }
+  return body(int64_t{});
+}
+
+// Calls body(lanes, distance) with both; distances of 32 bits come from narrow lanes only.
+template <class T, class Body>
+DCN_INLINE auto with_lanes_and_distance(bool narrow, bool near, const Body& body) {
+  return with_lanes<T>(narrow, [&](auto lanes) {
+    if constexpr (decltype(lanes)::kNarrow) {
+      if (near) return body(lanes, int32_t{});
+    }
+    return body(lanes, int64_t{});
+  });
 }
 
 // Pixels whose first coordinate is in [begin, end); none where that is empty.
@@ -336,10 +363,12 @@ template <class T, int NDim>
 Slab locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
                    const Displacement<T, NDim>& moved, const Pixels<NDim>& pixels, const void* zeros,
                    Samples<T, NDim>& samples) {
-  samples.narrow = fits_narrow_lanes(geometry, pixels, zeros);
+  const bool narrow = fits_narrow_lanes(geometry, pixels);
+  samples.near = narrow && pixels.is_near(zeros);
   samples.x = pixels.data;
-  return with_lanes<T>(samples.narrow, [&](auto lanes) {
+  return with_lanes_and_distance<T>(narrow, samples.near, [&](auto lanes, auto distance) {
     using L = decltype(lanes);
+    using Distance = decltype(distance);
     const TapNumbers<T, NDim> numbers(moved, tap.index, tile.first);
     SlabFinder<L> slab(geometry.input[0]);
     for (int64_t p = 0; p < tile.count; p += L::count) {
@@ -352,7 +381,7 @@ Slab locate_values(const Geometry& geometry, const Tile<NDim>& tile, const Tap<N
       for (int corner = 0; corner < kCorners<NDim>; ++corner) {
         typename L::Mask used;
         store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
-        store(samples.read.template of<typename L::Distance>(corner) + p, corners.distances(corner, used));
+        corners.store_distances(corner, used, samples.read.template of<Distance>(corner) + p);
       }
     }
     return slab.found();
@@ -369,19 +398,20 @@ struct BackwardSamples {
   T weight[kCorners<NDim>][kTilePositions];
   const char* x;
   char* grad_x;
-  bool narrow;
+  bool near;  // distances have 32 bits
 };
 
 template <class T, int NDim>
 void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<NDim>& tap,
                     const Displacement<T, NDim>& moved, const Pixels<NDim>& x, const void* zeros,
                     const Pixels<NDim>& grad_x, const void* nowhere, BackwardSamples<T, NDim>& samples) {
-  samples.narrow = fits_narrow_lanes(geometry, x, zeros) && fits_narrow_lanes(geometry, grad_x, nowhere);
+  const bool narrow = fits_narrow_lanes(geometry, x) && fits_narrow_lanes(geometry, grad_x);
+  samples.near = narrow && x.is_near(zeros) && grad_x.is_near(nowhere);
   samples.x = x.data;
   samples.grad_x = grad_x.data;
-  with_lanes<T>(samples.narrow, [&](auto lanes) {
+  with_lanes_and_distance<T>(narrow, samples.near, [&](auto lanes, auto distance) {
     using L = decltype(lanes);
-    using Distance = typename L::Distance;
+    using Distance = decltype(distance);
     const TapNumbers<T, NDim> numbers(moved, tap.index, tile.first);
     for (int64_t p = 0; p < tile.count; p += L::count) {
       AxisSample<L> axes[NDim];
@@ -393,8 +423,8 @@ void locate_corners(const Geometry& geometry, const Tile<NDim>& tile, const Tap<
         typename L::Mask used;
         store(&samples.weight[corner][p], masked_weight<L, NDim>(axes, corner, mask, used));
         const auto readable = corner_inside<L, NDim>(axes, corner);
-        store(samples.read.template of<Distance>(corner) + p, of_x.distances(corner, readable));
-        store(samples.scatter.template of<Distance>(corner) + p, of_grad_x.distances(corner, used));
+        of_x.store_distances(corner, readable, samples.read.template of<Distance>(corner) + p);
+        of_grad_x.store_distances(corner, used, samples.scatter.template of<Distance>(corner) + p);
       }
     }
   });

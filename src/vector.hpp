@@ -122,7 +122,6 @@ struct LanesOf {
   static constexpr int count = N;
   static constexpr bool kNarrow = sizeof(I) == 4;
   using Element = T;
-  using Distance = I;
   using Real = Vec<T, N>;
   using Index = Vec<I, N>;
   using Mask = Index;
@@ -195,6 +194,30 @@ template <int... I>
 struct CountTo<0, I...> {
   using type = Indices<I...>;
 };
+
+// Each number beside its sign, which makes it twice as wide: the half of the lanes from `first` on.
+template <int N, int... I>
+DCN_INLINE Vec<int64_t, N / 2> widened_half(Vec<int32_t, N> values, int first, Indices<I...>) {
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+  const auto signs = values >> 31;
+  const auto half = first ? __builtin_shufflevector(values, signs, (I % 2 * N + N / 2 + I / 2)...)
+                          : __builtin_shufflevector(values, signs, (I % 2 * N + I / 2)...);
+  return load<Vec<int64_t, N / 2>>(&half);
+}
+template <int N>
+DCN_INLINE Vec<int64_t, N / 2> widened_half(Vec<int32_t, N> values, int first) {
+  return widened_half<N>(values, first, typename CountTo<N>::type{});
+}
+
+// Writes values[i] where the mask is set, else `otherwise`. In vectors as wide as a register: GCC takes conversions into
+// wider ones apart, lane by lane.
+template <int N>
+DCN_INLINE void store_widened(Vec<int32_t, N> values, Vec<int32_t, N> mask, int64_t otherwise, int64_t* to) {
+  const auto rest = broadcast<Vec<int64_t, N / 2>>(otherwise);
+#pragma GCC unroll 2
+  for (int first = 0; first < N; first += N / 2)
+    store(to + first, ((widened_half<N>(values, first) - rest) & widened_half<N>(mask, first)) + rest);
+}
 
 // One step of a transposition by blocks: swaps the upper right and lower left blocks of size D in the pair of
 // rows.

@@ -38,7 +38,12 @@ CASES: dict[str, dict] = {
         "batch": 1,
     },
     "length 64": {"extent": (64,), "in_channels": 64, "out_channels": 6, "kernel": (9,), "batch": 1},
-    "length 400": {"extent": (400,), "in_channels": 28, "out_channels": 8, "kernel": (9,)},
+    # Terms of y in one, two and many pieces, or just more than that, and many results of each.
+    "9 x 5": {"extent": (400,), "in_channels": 5, "out_channels": 8, "kernel": (9,)},
+    "9 x 14": {"extent": (400,), "in_channels": 14, "out_channels": 8, "kernel": (9,)},
+    "9 x 28": {"extent": (400,), "in_channels": 28, "out_channels": 8, "kernel": (9,)},
+    "9 x 64": {"extent": (400,), "in_channels": 64, "out_channels": 8, "kernel": (9,)},
+    "9 x 136": {"extent": (400,), "in_channels": 136, "out_channels": 8, "kernel": (9,)},
     "length 65536": {
         "extent": (65536,),
         "in_channels": 24,
