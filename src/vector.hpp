@@ -4,8 +4,6 @@
 // the last channels of a row go through the same code as full vectors.
 #pragma once
 
-#include <type_traits>
-
 #include "sampling.hpp"
 
 namespace dcn::DCN_ISA {
@@ -112,6 +110,17 @@ DCN_INLINE To convert(From value) {
   return __builtin_convertvector(value, To);
 }
 
+template <class I>
+struct UnsignedOf;
+template <>
+struct UnsignedOf<int32_t> {
+  using type = uint32_t;
+};
+template <>
+struct UnsignedOf<int64_t> {
+  using type = uint64_t;
+};
+
 DCN_INLINE float rounded_down(float value) { return __builtin_floorf(value); }
 DCN_INLINE double rounded_down(double value) { return __builtin_floor(value); }
 
@@ -143,7 +152,7 @@ struct LanesOf {
   }
   // Whether 0 <= value < count. Without a sign that is one comparison.
   static DCN_INLINE Mask within(Index value, int64_t count) {
-    using Unsigned = Vec<std::make_unsigned_t<I>, N>;
+    using Unsigned = Vec<typename UnsignedOf<I>::type, N>;
     return reinterpret_cast<Unsigned>(value) < reinterpret_cast<Unsigned>(index(count));
   }
   static DCN_INLINE Index index_of(Real value) { return convert<Index>(convert<Vec<int32_t, N>>(value)); }

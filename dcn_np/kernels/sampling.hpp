@@ -1,7 +1,7 @@
 // Where a tap samples: coordinate -> cell, fraction, corner weights. One text for the CPU (vectors of
 // positions) and the GPU.
 //
-// `Lanes` says what a number is: Lanes::Real, ::Int32, ::Int64 and the masks their comparisons give
+// `Lanes` says what a number is: Lanes::Real, ::Index and the masks that their comparisons give
 // (::RealMask, ::Mask), vectors on a CPU and scalars on a GPU, with Lanes::select(), floor(), widen() and so on
 // beside them.
 //
