@@ -92,7 +92,7 @@ class PositionPass : public BackwardRound<T, NDim> {
     locate_corners(geometry(), tile, Tap<NDim>(geometry(), tap), moved, x_of(slot, block), buffers_.zeros,
                    grad_x_of(slot, block), mine.nowhere, *mine.corners);
     T* dots = plan_.grads_at_positions ? dots_of(slot, index, tap, at) : nullptr;
-    with_distance<T>(mine.corners->near, [&](auto distance) {
+    with_distance<kHasNarrowLanes<T>>(mine.corners->near, [&](auto distance) {
       using Distance = decltype(distance);
       const auto pass = [&](int64_t channels) __attribute__((always_inline)) {
         if (!plan_.grads_at_positions)

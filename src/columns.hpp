@@ -30,7 +30,7 @@ DCN_INLINE void gather_position(const Samples<T, NDim>& samples, int64_t p, int6
 template <class T, int NDim, class Body>
 DCN_INLINE void gather(const Samples<T, NDim>& samples, int64_t positions, int64_t channels,
                        const Body& body) {
-  with_distance<T>(samples.near, [&](auto distance) __attribute__((always_inline)) {
+  with_distance<kHasNarrowLanes<T>>(samples.near, [&](auto distance) __attribute__((always_inline)) {
     for (int64_t p = 0; p < positions; ++p)
       gather_position<decltype(distance)>(
           samples, p, channels, [&](auto lanes, int64_t c, auto sample) { body(lanes, p, c, sample); });
@@ -68,7 +68,7 @@ template <class T, int NDim>
 void gather_taps(const Samples<T, NDim>* samples, int64_t taps, int64_t positions, int64_t channels, T* to,
                  int64_t position_stride, int64_t tap_stride) {
   with_channels<T>(channels, [&](int64_t channels) __attribute__((always_inline)) {
-    with_distance<T>(samples[0].near, [&](auto distance) __attribute__((always_inline)) {
+    with_distance<kHasNarrowLanes<T>>(samples[0].near, [&](auto distance) __attribute__((always_inline)) {
       for (int64_t p = 0; p < positions; ++p)
         for (int64_t tap = 0; tap < taps; ++tap) {
           T* column = to + p * position_stride + tap * tap_stride;

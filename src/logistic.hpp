@@ -1,7 +1,7 @@
 // The logistic function, of which masks are made.
 #pragma once
 
-#include "locate.hpp"
+#include "displacement.hpp"
 
 namespace dcn::DCN_ISA {
 

@@ -7,6 +7,7 @@
 // terms would lose ten times as much.
 #pragma once
 
+#include "integers.hpp"
 #include "vector.hpp"
 
 namespace dcn::DCN_ISA {
@@ -17,11 +18,10 @@ constexpr int64_t kPiece = 256;
 // The same for an element of y with so many terms in all. Where all have one sign, a piece errs by about the root of its
 // length, times its share of the sum, and the pieces' errors average out: by length / sqrt(terms) in all. At 7 that is up
 // to 7 units of rounding (benchmarks/accuracy.py), and most shapes come to fewer pieces than with a fixed length.
-constexpr int64_t output_piece(int64_t terms) {
+DCN_INLINE int64_t output_piece(int64_t terms) {
   int64_t pieces = 1;
   while (pieces < 8 && 49 * pieces * pieces < terms) ++pieces;
-  const int64_t piece = (terms + pieces - 1) / pieces;
-  return piece < kPiece ? piece : kPiece;
+  return least(ceiling(terms, pieces), kPiece);
 }
 
 // One run of k: `outer` stretches of `inner` terms. (taps x channels of a weight group, or one stretch of

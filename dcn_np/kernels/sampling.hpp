@@ -20,7 +20,8 @@ struct AxisSample {
   typename Lanes::Index cell;      // the lower neighbour, 0 where the coordinate is outside
   typename Lanes::Real weight[2];  // of the lower and the upper neighbour, 0 where that is outside the image
   typename Lanes::Mask inside[2];  // whether each neighbour is in the image, for a coordinate in the support
-  typename Lanes::Mask supported;  // inside[0] | inside[1]; as a comparison, for GCC unites masks bit by bit
+  typename Lanes::Mask
+      supported;  // whether the coordinate is; not from inside[], for GCC unites masks bit by bit
   typename Lanes::RealMask is_nan;
 };
 
